@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -26,9 +25,11 @@ SPECIAL_TOKENS = [
     *("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>"),
     "<image_soft_token>",
 ]
-WORDS = """what which is are the a an of in on this that there how many shape color colour image does
-contain where who it no yes not red green blue black brown gray teal yellow circle rectangle triangle
-one two three left right above below user model picture shown can you see and or""".split()
+WORDS = (
+    "what which is are the a an of in on this that there how many shape color colour image does "
+    "contain where who it no yes not red green blue black brown gray teal yellow circle rectangle "
+    "triangle one two three left right above below user model picture shown can you see and or"
+).split()
 CHARACTERS = [chr(code) for code in range(33, 127)] + ["▁", "\n"]
 
 CHAT_TEMPLATE = r"""{{ bos_token }}
@@ -57,25 +58,17 @@ def make_tokenizer() -> GemmaTokenizer:
             merges.append(("".join(spelling[:length]), spelling[length]))
     merges = [*dict.fromkeys(merges), ("\n\n", "\n")]  # one token before the image, as in Gemma
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces + [a + b for a, b in merges]))}
-    backend = Tokenizer(
-        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    backend.normalizer = normalizers.Replace(" ", "▁")
-    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    backend.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
-    return GemmaTokenizer(
+    tokenizer = GemmaTokenizer(
         vocab=vocab,
         merges=merges,
-        tokenizer_object=backend,
         extra_special_tokens={
             "boi_token": "<start_of_image>",
             "eoi_token": "<end_of_image>",
             "image_token": "<image_soft_token>",
         },
     )
+    tokenizer.add_tokens(SPECIAL_TOKENS, special_tokens=True)
+    return tokenizer
 
 
 def make_config(tokenizer: GemmaTokenizer) -> Gemma3Config:
@@ -112,7 +105,7 @@ def make_config(tokenizer: GemmaTokenizer) -> Gemma3Config:
 
 
 @torch.no_grad()
-def make_model(config: Gemma3Config, seed: int = 45) -> Gemma3ForConditionalGeneration:
+def make_model(config: Gemma3Config, seed: int = 61) -> Gemma3ForConditionalGeneration:
     """Weights wide enough that image and question both reach the answer.
 
     The seed and the weight of `<end_of_turn>` were chosen so that answers differ in length.
