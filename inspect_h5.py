@@ -1,16 +1,11 @@
 #!/usr/bin/env python3
 """Look into the part files that run_gemma3_extraction.py writes.
 
-    python inspect_h5.py output                              what was run, figures, first samples
-    python inspect_h5.py output --question-id 42             one sample whole
+    python inspect_h5.py output                      what was run, figures, first samples
+    python inspect_h5.py output --question-id 42     the same of one sample, its texts whole
     python inspect_h5.py output --verify --vqa-dataset vqa.csv
     python inspect_h5.py output --export layer_24.npz --layer 24
     python inspect_h5.py output --plot pca.png --color-by labels.csv:hallucinated
-
-From Python, a matrix [num_samples, D] and a table of the samples in the same order:
-
-    from inspect_h5 import load_embeddings
-    table, states = load_embeddings("output", "query_token_representation", 24)
 
 Samples stand part after part, those of a part by their row in the CSV. Exit status: 0 all is well,
 1 something is wrong and one line says what (--verify: one line a finding), 2 wrong usage.
@@ -20,55 +15,39 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import difflib
 import json
 import os
 import re
 import signal
 import sys
-import textwrap
 import unicodedata
+import warnings
 import zipfile
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 import h5py
 import numpy as np
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-# ────────────────────────────────────────── constants ──────────────────────────────────────────
+import pandas as pd
 
 PART_PATTERN = re.compile(r"gemma3_12b_embeddings_part_(\d{3,})\.h5")
-FAILED_NAME = "failed_samples.csv"
 VISION, VISION_LINK = "vision_representation", "vision_only_representation"
-LAYER_KINDS = (
-    *("vision_token_representation", "query_token_representation"),
-    "multimodal_representation",
-)
+KINDS = ("vision_token_representation", "query_token_representation", "multimodal_representation")
 TEXTS = ("image_id", "question", "answer", "ground_truth_answer")
-COUNTS = ("row", "num_prompt_tokens", "vision_token_pos", "query_token_pos")
-COUNTS += ("num_answer_tokens", "answer_truncated")
-SETTINGS = (  # parts of one run agree in these; the machine and the CSV may change between parts
-    *("model_name", "model_type", "model_revision", "dtype", "layers", "num_layers"),
-    *("hidden_size", "vision_hidden_size", "max_new_tokens", "prompt", "image_processor"),
-    *("attn_implementation", "storage_dtype", "checkpoint_interval", "schema_version"),
-)
-CSV_NAMES = {  # ours: what the CSV may call it
-    "image_id": ("image_id", "image_name"),
-    "question": ("question",),
-    "ground_truth_answer": ("answer", "gt_answer"),
+COUNTS = {"row", "num_prompt_tokens", "vision_token_pos", "query_token_pos", "num_answer_tokens"}
+CSV_NAMES = {"image_id": ("image_id", "image_name"), "question": ("question",)}
+CSV_NAMES |= {"ground_truth_answer": ("answer", "gt_answer")}
+REQUIRED = {"model_name", "layers", "hidden_size", "vision_hidden_size", "num_samples"}
+VARYING = {  # attributes that may differ between the parts of one run
+    *("num_samples", "created_at", "device", "dataset", "dataset_sha256"),
+    *("python_version", "torch_version", "transformers_version"),
 }
-MAX_SUMMARISED, MAX_PLOTTED = 1000, 2000  # samples drawn for the table, and for the plot
-BLOCK = 64  # samples in memory at a time
+NUM_SUMMARISED, NUM_PLOTTED, NUM_VERIFIED = 1000, 2000, 1000  # drawn, drawn, at a time
 HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
-STRING = h5py.h5t.py_create(h5py.string_dtype())
+STRING = h5py.string_dtype()
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000")
 COLORS += ("#56B4E9", "#D55E00", "#F0E442", "#882255", "#999933")
 MARKERS, GREY = "os^Dv*P<X>", "#BBBBBB"
@@ -78,16 +57,7 @@ class InspectError(ValueError):
     """What was asked for cannot be done; the message says why."""
 
 
-# ────────────────────────────────────────── the parts ──────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part file: what its root says, and the names of its sample groups."""
-
-    path: Path
-    attributes: dict
-    names: list[str]
+# ─────────────────────────────────────── parts and samples ─────────────────────────────────────
 
 
 @contextlib.contextmanager
@@ -96,240 +66,133 @@ def opened(path: Path) -> Iterator[h5py.File]:
     try:
         with h5py.File(path) as file:
             yield file
+    except InspectError:
+        raise
     except HDF5_ERRORS as error:
-        if isinstance(error, InspectError):
-            raise
-        reason = str(error).partition("\n")[0]
-        raise InspectError(f"{path} cannot be read: {reason}") from error
+        raise InspectError(f"{path} cannot be read: {error.args[-1]}") from error
 
 
 def find_parts(paths: Iterable[Path]) -> list[Path]:
     """The files among `paths` and the part files in the directories among them, none twice."""
     found: dict[Path, Path] = {}
     for path in paths:
-        inside = [path]
+        inside = [path] if path.exists() else []
         if path.is_dir():
-            numbered = {p: PART_PATTERN.fullmatch(p.name) for p in path.iterdir()}
-            inside = sorted((p for p in numbered if numbered[p]), key=lambda p: int(numbered[p][1]))
+            inside = [p for p in path.iterdir() if PART_PATTERN.fullmatch(p.name)]
         if not inside:
-            raise InspectError(f"{path} holds no gemma3_12b_embeddings_part_*.h5")
-        if not path.exists():
-            raise InspectError(f"{path} does not exist")
-        for part_path in inside:
+            raise InspectError(f"{path} is no file, and no directory with part files in it")
+        for part_path in sorted(inside, key=lambda p: (len(p.name), p.name)):
             found.setdefault(part_path.resolve(), part_path)
     return list(found.values())
 
 
-def open_part(path: Path) -> Part:
-    """Read a part's attributes and names. Raises InspectError if it is none."""
+def open_part(path: Path) -> tuple[dict, list[str]]:
+    """A part's attributes and the names of its samples. Raises InspectError if it is no part."""
     with opened(path) as file:
-        attributes = {name: _plain(value) for name, value in file.attrs.items()}
-        part = Part(path, attributes, list(file))
-    if not isinstance(attributes.get("layers"), list) or "model_name" not in attributes:
-        raise InspectError(f"{path} is no part of an extraction: no model_name or layers in it")
-    return part
+        attributes = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in file.attrs.items()}
+        names = list(file)
+    if missing := REQUIRED - attributes.keys():
+        raise InspectError(f"{path} is no part of an extraction: no attribute {min(missing)}")
+    return attributes, names
 
 
-def _plain(value):
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-
-
-def open_parts(paths: str | Path | Iterable[str | Path]) -> list[Part]:
-    """The parts in their order. Raises InspectError if they do not come from the same settings."""
-    paths = [paths] if isinstance(paths, (str, Path)) else paths
-    parts = [open_part(path) for path in find_parts(map(Path, paths))]
-    for part in parts:
-        for name in SETTINGS:
-            values = [p.attributes.get(name) for p in (parts[0], part)]
-            if values[0] != values[1]:
-                raise InspectError(
-                    f"{part.path} was written with {name} {values[1]!r}, {parts[0].path} with "
-                    f"{values[0]!r}: look at them one at a time"
-                )
-    return parts
-
-
-def vector_names(part: Part) -> list[str]:
-    """The data sets that every sample has: the vision vector, then each kind's layers."""
-    return [VISION] + [f"{kind}/layer_{i}" for kind in LAYER_KINDS for i in part.attributes["layers"]]
-
-
-def vector_widths(parts: list[Part]) -> dict[str, int]:
-    """The length of each vector, by the name of its data set, as the first sample has it."""
-    for part in parts:
-        if part.names:
-            with opened(part.path) as file:
-                group = file[part.names[0]]
-                return {name: group[name].shape[0] for name in vector_names(part)}
-    raise InspectError(f"no samples in {', '.join(str(part.path) for part in parts)}")
-
-
-def choose_vectors(widths: dict[str, int], kind: str | None, layer: int | None) -> dict[str, int]:
-    """Those of one representation, of one layer, or of both. Raises InspectError if there are none."""
-    chosen = {
-        name: width
-        for name, width in widths.items()
-        if kind in (None, name.partition("/")[0])
-        and (layer is None or name.endswith(f"/layer_{layer}"))
-    }
-    if not chosen:
-        raise InspectError(
-            f"no layer {layer} of {kind or 'any representation'}; there are: {' '.join(widths)}"
-        )
-    return chosen
-
-
-def read_failures(paths: Iterable[Path]) -> dict[str, str]:
-    """The error by question_id, from the `failed_samples.csv` beside the parts."""
-    found: dict[str, str] = {}
-    for directory in dict.fromkeys(path.parent for path in paths):
-        if (directory / FAILED_NAME).exists():
-            table = read_csv(directory / FAILED_NAME, {"error": ("error",)})
-            found.update({question_id: row["error"] for question_id, row in table.items()})
-    return found
-
-
-def read_csv(path: Path, columns: dict[str, tuple[str, ...]]) -> dict[str, dict[str, str]]:
-    """Text as it stands, by question_id; of each column's names the one that is there.
+def open_run(paths: str | Path | Iterable[str | Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The attributes by part, and in order the samples: path, name (of the group), row.
 
     Raises:
-        InspectError: no such file or column, not a UTF-8 table, or an id that is there twice.
+        InspectError: parts that cannot be read, of different settings, or with an id twice.
     """
-    csv.field_size_limit(sys.maxsize)
-    table: dict[str, dict[str, str]] = {}
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            header, *lines = [line for line in csv.reader(file, strict=True) if line] or [[]]
-    except (OSError, csv.Error, UnicodeDecodeError) as error:
-        raise InspectError(f"cannot read {path}: {error}") from error
-    for names in (("question_id",), *columns.values()):
-        if not set(names) & set(header):
-            raise InspectError(f"{path} has no column {' or '.join(names)}; it has {header}")
-    for line in lines:
-        row = dict(zip(header, line))
-        if len(line) != len(header) or row["question_id"] in table:
-            raise InspectError(f"{path}: question_id {row['question_id']!r} twice, or a torn line")
-        table[row["question_id"]] = {
-            ours: next(row[name] for name in names if name in row)
-            for ours, names in columns.items()
-        }
-    return table
-
-
-# ─────────────────────────────────────── reading samples ───────────────────────────────────────
-# HDF5's own calls: they take a quarter of the time of `file[name][()]` on vectors this short.
-
-
-def open_sample(file: h5py.File, name: str) -> h5py.h5g.GroupID:
-    """The group of one sample."""
-    return h5py.h5g.open(file.id, name.encode())
-
-
-def read_vector(group: h5py.h5g.GroupID, name: str, out: np.ndarray) -> None:
-    """Read a vector [D] of any float type into float32. Raises one of HDF5_ERRORS."""
-    try:
-        dataset = h5py.h5d.open(group, name.encode())
-    except HDF5_ERRORS as error:
-        raise KeyError("is missing") from error
-    if dataset.shape != out.shape:
-        raise ValueError(f"has shape {list(dataset.shape)}; expected {list(out.shape)}")
-    dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, out, h5py.h5t.NATIVE_FLOAT)
-
-
-def read_text(group: h5py.h5g.GroupID, name: str) -> str:
-    """Read a UTF-8 string. Raises one of HDF5_ERRORS."""
-    value = np.empty((), dtype=h5py.string_dtype())
-    h5py.h5d.open(group, name.encode()).read(h5py.h5s.ALL, h5py.h5s.ALL, value, STRING)
-    return value[()].decode()
-
-
-def read_attribute(group: h5py.h5g.GroupID, name: str):
-    """Read a number."""
-    attribute = h5py.h5a.open(group, name.encode())
-    value = np.empty(attribute.shape, attribute.dtype)
-    attribute.read(value)
-    return value.item()
-
-
-def order_samples(parts: list[Part]) -> list[list[str]]:
-    """For every part its samples' names by their row in the CSV. Raises InspectError on id twice."""
-    chosen, seen = [], {}
-    for part in parts:
-        with opened(part.path) as file:
-            rows = {name: read_attribute(open_sample(file, name), "row") for name in part.names}
-        for name in rows:
-            if seen.setdefault(name, part) is not part:
-                raise InspectError(
-                    f"question_id {unquote(name)!r} is in {seen[name].path} and in {part.path}"
-                )
-        chosen.append(sorted(rows, key=rows.__getitem__))
-    return chosen
-
-
-def draw_samples(parts: list[Part], limit: int | None) -> list[list[str]]:
-    """For every part the names of those of its samples that are among `limit` drawn from all."""
-    where = [(k, name) for k, part in enumerate(parts) for name in part.names]
-    drawn = np.arange(len(where))
-    if limit is not None and limit < len(where):
-        drawn = np.sort(np.random.default_rng(0).choice(len(where), limit, replace=False))
-    chosen: list[list[str]] = [[] for _ in parts]
-    for k, name in (where[i] for i in drawn):
-        chosen[k].append(name)
-    return chosen
-
-
-def read_samples(
-    parts: list[Part], chosen: list[list[str]], counts: tuple[str, ...] = COUNTS
-) -> list[dict]:
-    """The question_id, texts and attributes of the chosen samples."""
+    paths = [paths] if isinstance(paths, (str, Path)) else paths
+    parts = {path: open_part(path) for path in find_parts(map(Path, paths))}
+    runs = pd.DataFrame([attributes for attributes, _ in parts.values()], list(parts), dtype=object)
+    for name in runs.columns.difference(list(VARYING)):
+        for path in runs.index[runs[name].astype(str) != str(runs[name].iloc[0])]:
+            values = f"{runs[name].iloc[0]!r} in {runs.index[0]} and {runs[name][path]!r} in {path}"
+            raise InspectError(f"parts of different runs: {name} is {values}")
     samples = []
-    for part, names in zip(parts, chosen, strict=True):
-        with opened(part.path) as file:
-            for name in names:
-                group = open_sample(file, name)
-                texts = {text: read_text(group, text) for text in TEXTS}
-                numbers = {count: read_attribute(group, count) for count in counts}
-                samples.append({"question_id": unquote(name), **texts, **numbers})
-    return samples
+    for path, (_, names) in parts.items():
+        with opened(path) as file:
+            rows = {name: read_row(file, name) for name in names}
+        samples += [(path, name, rows[name]) for name in sorted(rows, key=rows.__getitem__)]
+    samples = pd.DataFrame(samples, columns=["path", "name", "row"])
+    for name in samples["name"][samples["name"].duplicated()]:
+        raise InspectError(f"question_id {unquote(name)!r} is in two parts; see --verify")
+    return runs, samples
 
 
-def read_blocks(
-    part: Part,
-    names: list[str],
-    widths: dict[str, int],
-    report: Callable[[str, str], None] | None = None,
-) -> Iterator[tuple[str, list[str], np.ndarray]]:
-    """Block by block a data set's name, the samples' names and their vectors [samples, width].
+def choose_vectors(
+    attributes: dict | pd.Series, kind: str | None = None, layer: int | None = None
+) -> dict[str, int]:
+    """The vectors of a representation, of a layer, of both, or all: data set and length."""
+    layers, width = attributes["layers"], attributes["hidden_size"]
+    vectors = {f"{k}/layer_{i}": width for k in KINDS for i in layers}
+    vectors = {VISION: attributes["vision_hidden_size"], **vectors}
+    chosen = {name: dim for name, dim in vectors.items() if kind in (None, name.split("/")[0])}
+    if layer is not None:
+        chosen = {name: dim for name, dim in chosen.items() if name.endswith(f"/layer_{layer}")}
+    if not chosen:
+        raise InspectError(f"no layer {layer} of {kind or 'any kind'}; there is {list(vectors)}")
+    return chosen
 
-    `report(sample, problem)` hears of a vector that cannot be read; without it that is an error.
+
+# HDF5's own calls: `file[name][()]` takes four times as long on vectors this short.
+
+
+def read_row(file: h5py.File, name: str) -> int:
+    """A sample's row in the CSV."""
+    value = np.empty((), np.int64)
+    h5py.h5a.open(file.id, b"row", obj_name=name.encode()).read(value)
+    return int(value)
+
+
+def read_texts(file: h5py.File, name: str) -> dict[str, str]:
+    """A sample's question_id and texts. Raises one of HDF5_ERRORS."""
+    texts, value = {"question_id": unquote(name)}, np.empty((), STRING)
+    for text in TEXTS:
+        dataset = h5py.h5d.open(file.id, f"{name}/{text}".encode())
+        dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, value)
+        texts[text] = value.item().decode()
+    return texts
+
+
+def read_vectors(
+    file: h5py.File, names: Iterable[str], vector: str, width: int, errors: dict | None = None
+) -> np.ndarray:
+    """One vector of each sample: float32 [num_samples, width].
+
+    One that cannot be read raises InspectError, or goes into `errors` by the sample's name.
     """
-    with opened(part.path) as file:
-        for start in range(0, len(names), BLOCK):
-            groups = {name: open_sample(file, name) for name in names[start : start + BLOCK]}
-            for vector, width in widths.items():
-                matrix, good = np.empty((len(groups), width), np.float32), []
-                for name, group in groups.items():
-                    try:
-                        read_vector(group, vector, matrix[len(good)])
-                        good.append(name)
-                    except HDF5_ERRORS as error:
-                        problem = f"{vector} {error.args[0]}"
-                        if report is None:
-                            raise InspectError(
-                                f"{part.path}, question_id {unquote(name)!r}: {problem} "
-                                "(--verify says what else is wrong)"
-                            ) from error
-                        report(name, problem)
-                yield vector, good, matrix[: len(good)]
+    matrix = np.empty((len(names), width), np.float32)
+    for name, row in zip(names, matrix, strict=True):
+        try:
+            dataset = h5py.h5d.open(file.id, f"{name}/{vector}".encode())
+            if dataset.shape != row.shape:
+                raise ValueError(f"has shape {dataset.shape}; expected {row.shape}")
+            dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, row, h5py.h5t.NATIVE_FLOAT)
+        except HDF5_ERRORS as error:
+            if errors is None:
+                place = f"{file.filename}, question_id {unquote(name)!r}"
+                raise InspectError(f"{place}: {vector} {error.args[0]}; see --verify") from error
+            errors[name] = f"{vector}: {error.args[0]}"
+    return matrix
 
 
-def read_matrix(parts: list[Part], chosen: list[list[str]], vector: str, width: int) -> np.ndarray:
-    """One vector of the chosen samples: float32 [num_samples, width]."""
-    matrix, stop = np.empty((sum(map(len, chosen)), width), np.float32), 0
-    for part, names in zip(parts, chosen, strict=True):
-        for _, _, block in read_blocks(part, names, {vector: width}):
-            start, stop = stop, stop + len(block)
-            matrix[start:stop] = block
+def read_samples(samples: pd.DataFrame) -> pd.DataFrame:
+    """question_id, texts and attributes, in the order of `samples`."""
+    read = []
+    for path, names in samples.groupby("path", sort=False)["name"]:
+        with opened(path) as file:
+            read += [{**read_texts(file, name), **file[name].attrs} for name in names]
+    return pd.DataFrame(read, columns=None if read else ["question_id", *TEXTS, *COUNTS])
+
+
+def read_matrix(samples: pd.DataFrame, vector: str, width: int) -> np.ndarray:
+    """One vector of each sample: float32 [num_samples, width]."""
+    matrix, start = np.empty((len(samples), width), np.float32), 0
+    for path, names in samples.groupby("path", sort=False)["name"]:
+        with opened(path) as file:
+            matrix[start : start + len(names)] = read_vectors(file, names, vector, width)
+        start += len(names)
     return matrix
 
 
@@ -338,16 +201,416 @@ def load_embeddings(
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """The samples' texts and attributes, and one vector of each: float32 [num_samples, D].
 
-    `paths` are part files or directories; `layer` is None for `vision_representation`.
-
-    Raises:
-        InspectError: no such parts or vectors, or parts of different settings.
+    `paths` are files or directories; `vision_representation` has no layer. Raises InspectError.
     """
-    import pandas as pd
+    runs, samples = open_run(paths)
+    vectors = choose_vectors(runs.iloc[0], representation, layer)
+    if len(vectors) > 1:
+        raise InspectError(f"layer is {layer}; expected one of {runs['layers'].iloc[0]}")
+    return read_samples(samples), read_matrix(samples, *vectors.popitem())
 
-    parts = open_parts(paths)
-    widths = choose_vectors(vector_widths(parts), representation, layer)
-    if len(widths) > 1:
-        raise InspectError(f"say which layer: {' '.join(widths)}")
-    chosen = order_samples(parts)
-    return pd.DataFrame(read_samples(parts, chosen)), read_matrix(parts, chosen, *widths.popitem())
+
+# ─────────────────────────────────────────── the view ──────────────────────────────────────────
+
+
+def summarise(matrix: np.ndarray) -> dict[str, float | None]:
+    """The figures of vectors [num_samples, D]; norms and cosine are of those that are finite."""
+    finite = np.isfinite(matrix)
+    whole = matrix if finite.all() else matrix[finite.all(axis=1)]
+    norms = np.sqrt(np.einsum("nd,nd->n", whole, whole, dtype=np.float64))
+    n, units = np.count_nonzero(norms), whole[norms > 0] / norms[norms > 0, None]
+    # |sum of u|² holds n squares of unit vectors, and the cosine of every pair twice.
+    pairs = np.sum(units.sum(axis=0) ** 2) - n
+    figures = {
+        "norm_mean": norms.mean() if len(norms) else None,
+        "norm_std": norms.std() if len(norms) else None,
+        "max_abs": np.abs(matrix).max(initial=0, where=finite),
+        "nonfinite_share": 1 - finite.mean() if matrix.size else None,
+        "mean_cosine": pairs / (n * (n - 1)) if n > 1 else None,
+    }
+    return {name: value if value is None else float(value) for name, value in figures.items()}
+
+
+def describe_group(group: h5py.Group, prefix: str = "") -> dict[str, str]:
+    """What a sample holds, by path: type, shape and compression as they are in the file."""
+    tree: dict[str, str] = {}
+    for name in sorted(group, key=lambda name: (len(name) if "layer_" in name else 0, name)):
+        link, member, path = group.get(name, getlink=True), group.get(name), prefix + name
+        if isinstance(link, h5py.SoftLink):
+            tree[path] = f"-> {link.path}"
+        elif isinstance(member, h5py.Group):
+            tree |= describe_group(member, path + "/")
+        elif h5py.check_string_dtype(member.dtype):
+            tree[path] = "text"
+        else:  # h5py shows bfloat16 as the float32 that it reads
+            is_bfloat16 = member.id.get_type().get_size() == 2 and member.dtype == np.float32
+            dtype, compression = "bfloat16" if is_bfloat16 else member.dtype, member.compression
+            tree[path] = f"{dtype} {list(member.shape)} {compression or ''}".rstrip()
+    return tree
+
+
+def describe(runs: pd.DataFrame, samples: pd.DataFrame, drawn: pd.DataFrame, shown) -> dict:
+    """All that the view says: the run, a sample's tree, figures of `drawn`, texts of `shown`."""
+    values = {name: list(dict.fromkeys(map(str, runs[name]))) for name in runs}
+    tree = {}
+    if len(drawn):
+        with opened(drawn["path"].iloc[0]) as file:
+            tree = describe_group(file[drawn["name"].iloc[0]])
+    beside = {path.with_name("failed_samples.csv") for path in runs.index}
+    vectors = choose_vectors(runs.iloc[0]).items() if len(drawn) else ()
+    return {
+        "files": list(map(str, runs.index)),
+        "num_samples": len(samples),
+        "num_failed": sum(len(read_table(path)) for path in beside if path.exists()),
+        "attributes": {n: v if len(v) > 1 else runs[n].iloc[0] for n, v in values.items()},
+        "sample": tree,
+        "num_samples_read": len(drawn),
+        "figures": {n: {"dim": d, **summarise(read_matrix(drawn, n, d))} for n, d in vectors},
+        "samples": read_samples(shown).to_dict("records"),
+    }
+
+
+def one_line(value: object, width: int) -> str:
+    """Text in `width` columns of a terminal at most, line breaks and the like escaped."""
+    shown, used = "", 0
+    for char in str(value):
+        char = char if char.isprintable() else char.encode("unicode_escape").decode()
+        used += sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in char)
+        if used >= width:
+            return shown + "…"
+        shown += char
+    return shown
+
+
+def show(facts: dict, width: int) -> str:
+    """The facts as text for a terminal; the samples' texts are cut at `width`."""
+    files, total, num_read = facts["files"], facts["num_samples"], facts["num_samples_read"]
+    lines = [files[0] if len(files) == 1 else f"{files[0]} ... {Path(files[-1]).name}"]
+    lines += [f"{len(files)} parts, {total:,} samples, {facts['num_failed']:,} rows failed", ""]
+    for name, value in facts["attributes"].items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        lines.append(f"{name:<22}{one_line(shown, width)}")
+    lines += ["", *(f"{path:<42}{what}" for path, what in facts["sample"].items())]
+    lines += ["", f"{num_read:,} of {total:,} samples" + (" (drawn)" if num_read < total else "")]
+    lines += [f"{'':36}   dim  mean L2  sd L2   max|x|   bad  cosine"]
+    for name, (dim, *norms, bad, cosine) in ((n, f.values()) for n, f in facts["figures"].items()):
+        cells = "".join(f"{x:8.4g}" if x and abs(x) < 1000 else f"{x or 0:8.0f}" for x in norms)
+        cosine = "-" if cosine is None else f"{cosine:.4f}"
+        lines.append(f"{name:<36}{dim:>6} {cells}{bad:6.1%}{cosine:>8}")
+    for sample in facts["samples"]:
+        lines += ["", f"{one_line(sample['question_id'], 40)}  {one_line(sample['image_id'], 38)}"]
+        for name in ("question", "ground_truth_answer", "answer"):
+            lines.append(f"  {name:<20}{one_line(sample[name], width)}")
+    return "\n".join(lines)
+
+
+# ──────────────────────────────────────────── verify ───────────────────────────────────────────
+
+Findings = dict[tuple[Path, str], list[str]]  # by file and problem: the question_ids that have it
+
+
+def verify_samples(
+    file: h5py.File, names: list[str], vectors: dict[str, int], stored: dict, findings: Findings
+) -> None:
+    """Note what is wrong with samples of one file; what they say goes to `stored` by id."""
+    path = Path(file.filename)
+    texts = {}
+    for name in names:
+        try:
+            texts[name] = read_texts(file, name)
+            attributes = file[name].attrs
+            for attribute in COUNTS - attributes.keys():
+                findings[path, f"attribute {attribute} is missing"].append(unquote(name))
+            if VISION_LINK not in file[name]:
+                findings[path, f"{VISION_LINK} is missing"].append(unquote(name))
+            if attributes["question_id"] != unquote(name):
+                findings[path, "attribute question_id is another than the name"].append(
+                    unquote(name)
+                )
+            if attributes["question_id"] in stored:
+                findings[path, "question_id is there already"].append(attributes["question_id"])
+            stored[attributes["question_id"]] = texts[name]
+        except HDF5_ERRORS as error:
+            findings[path, f"a text or attribute: {error.args[0]}"].append(unquote(name))
+    for vector, width in vectors.items():
+        errors = {}
+        matrix = read_vectors(file, texts, vector, width, errors)
+        for name, problem in errors.items():
+            findings[path, problem].append(unquote(name))
+        good = [name for name in texts if name not in errors]
+        matrix = matrix[[name not in errors for name in texts]] if errors else matrix
+        low, high = matrix.min(axis=1), matrix.max(axis=1)  # NaN if there is one
+        for k in np.flatnonzero(~np.isfinite(high - low)):
+            findings[path, f"{vector} is not finite"].append(unquote(good[k]))
+        for k in np.flatnonzero(low == high):
+            findings[path, f"{vector} holds one value only"].append(unquote(good[k]))
+        depends_on = ("image_id",) if "vision" in vector else ("image_id", "question")
+        inputs = {tuple(texts[name][key] for key in depends_on) for name in good}
+        if len(inputs) > 1 and (matrix == matrix[0]).all():
+            findings[path, f"{vector} is the same in {len(good)} samples"] = []
+
+
+def verify(paths: list[Path], csv_path: Path | None = None) -> tuple[Findings, int]:
+    """All that is wrong with a set of parts, and with the CSV beside them; the number of samples."""
+    findings, stored, first, files = defaultdict(list), {}, {}, find_parts(paths)
+    for directory in dict.fromkeys(path.parent for path in files):
+        matches = (PART_PATTERN.fullmatch(p.name) for p in files if p.parent == directory)
+        numbers = {int(match[1]) for match in matches if match}
+        start = 1 if directory in paths else min(numbers, default=1)
+        for number in sorted(set(range(start, max(numbers, default=0))) - numbers):
+            findings[directory, f"part {number} is missing"] = []
+    for path in files:
+        try:
+            attributes, names = open_part(path)
+            first = first or attributes
+            for name in sorted((first.keys() | attributes.keys()) - VARYING):
+                if first.get(name) != attributes.get(name):
+                    values = f"{attributes.get(name)!r}, not {first.get(name)!r} as in {files[0]}"
+                    findings[path, f"{name} is {values}"] = []
+            if attributes["num_samples"] != len(names):
+                count = f"num_samples is {attributes['num_samples']}, but there are {len(names)}"
+                findings[path, count] = []
+            with opened(path) as file:
+                for k in range(0, len(names), NUM_VERIFIED):
+                    some, vectors = names[k : k + NUM_VERIFIED], choose_vectors(attributes)
+                    verify_samples(file, some, vectors, stored, findings)
+        except InspectError as error:
+            findings[path, str(error)] = []
+    if csv_path:
+        compare_with_csv(csv_path, stored, findings)
+    return findings, len(stored)
+
+
+def compare_with_csv(csv_path: Path, stored: dict[str, dict], findings: Findings) -> None:
+    """Note the rows that are missing, those that are no longer there, and texts that differ."""
+    table = read_table(csv_path)
+    for ours, names in CSV_NAMES.items():
+        column = next((name for name in names if name in table), None)
+        if column is None:
+            raise InspectError(f"{csv_path} has no column {' or '.join(names)}")
+        for question_id, text in table[column].items():
+            if question_id in stored and stored[question_id][ours] != text:
+                findings[csv_path, f"{ours} differs from what is stored"].append(question_id)
+    for problem, ids in {
+        "not in the parts": [i for i in table.index if i not in stored],
+        "in the parts but not here": sorted(stored.keys() - set(table.index)),
+    }.items():
+        if ids:
+            findings[csv_path, problem] = ids
+
+
+# ───────────────────────────────────────── export, plot ────────────────────────────────────────
+
+
+def export(path: Path, samples: pd.DataFrame, vectors: dict[str, int]) -> str:
+    """Write the texts (.csv), or texts and matrices (.npz) one after the other; what is there."""
+    read = read_samples(samples)[["question_id", *TEXTS]]
+    partial, lines = path.with_name(path.name + ".partial"), [f"{path}: {len(samples):,} samples"]
+    try:
+        if path.suffix == ".csv":
+            read.to_csv(partial, index=False)
+        else:
+            with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+                for name in (*read, *vectors):
+                    is_text = name in read
+                    array = (
+                        read[name].to_numpy(str)
+                        if is_text
+                        else read_matrix(samples, name, vectors[name])
+                    )
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, array, allow_pickle=False)
+                    lines.append(f"  {name:<40}{array.dtype} {list(array.shape)}")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return "\n".join(lines)
+
+
+def principal_components(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two principal components of vectors [num_samples, D]: coordinates [num_samples, 2], shares.
+
+    By the smaller of the two matrices of inner products; a share is of the whole variance.
+    """
+    centred = matrix - matrix.mean(axis=0, dtype=np.float64)
+    is_wide = centred.shape[0] < centred.shape[1]
+    products = centred @ centred.T if is_wide else centred.T @ centred
+    values, axes = np.linalg.eigh(products)
+    values, axes = values[:-3:-1].clip(0), axes[:, :-3:-1]
+    points = axes * np.sqrt(values) if is_wide else centred @ axes
+    points *= np.sign(points[np.abs(points).argmax(axis=0), [0, 1]])
+    return points, values / max(np.trace(products), np.finfo(float).tiny)
+
+
+def color_values(samples: pd.DataFrame, field: str) -> pd.Series:
+    """What the points are coloured by: numbers or categories, NaN where there is no value."""
+    table = read_samples(samples).set_index("question_id")
+    csv_path, _, column = ("", "", field) if field in table else field.rpartition(":")
+    if csv_path:
+        table = read_table(Path(csv_path)).reindex(table.index)
+    if column not in table:
+        raise InspectError(f"--color-by {field}: no such column; there is {list(table)}")
+    values = table[column].replace("", np.nan).reset_index(drop=True)
+    if values.isna().all():
+        raise InspectError(f"--color-by {field}: there is no value for any of the samples")
+    numbers = pd.to_numeric(values, errors="coerce").replace([np.inf, -np.inf], np.nan)
+    is_number = numbers.notna().sum() == values.notna().sum() and numbers.nunique() > 2
+    return numbers.astype(float) if is_number else values.astype(str).where(values.notna())
+
+
+def plot(path: Path, samples: pd.DataFrame, vectors: dict[str, int], field: str) -> str:
+    """Draw the principal components, a panel for each data set; says what was drawn."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InspectError("--plot needs matplotlib: pip install matplotlib") from error
+    if len(samples) < 3:
+        raise InspectError(f"a plot needs 3 samples; there are {len(samples)}")
+    values = color_values(samples, field)
+    is_number = pd.api.types.is_numeric_dtype(values)
+    counts = values.value_counts()[: 0 if is_number else len(COLORS)]
+    rest = values.isna() if is_number else ~values.isin(counts.index)
+    names = sorted(vectors, key=lambda name: name == VISION)  # it has no layers, so it comes last
+    num_layers = len({name.partition("/")[2] for name in names if name != VISION})
+    columns = num_layers if 2 < num_layers < 8 else int(np.ceil(np.sqrt(len(names))))
+    rows = -(-len(names) // columns)
+    figure = Figure((2.5 * columns + 2, 2.6 * rows + 0.4), layout="constrained", dpi=150)
+    style = {"s": 16, "linewidths": 0.3, "edgecolors": "#333333", "alpha": 0.85}
+    for k, name in enumerate(names, start=1):
+        points, shares = principal_components(read_matrix(samples, name, vectors[name]))
+        axes = figure.add_subplot(rows, columns, k, xticks=[], yticks=[])
+        axes.set_title(
+            f"{name.replace('/', chr(10))}: {shares[0]:.1%}, {shares[1]:.1%}", fontsize=8
+        )
+        handles, labels = [], []
+        for value, color, marker in zip(counts.index, COLORS, MARKERS):
+            at = points[values == value]
+            handles.append(axes.scatter(*at.T, color=color, marker=marker, **style))
+            labels.append(f"{one_line(value, 24)} ({len(at):,})")
+        if is_number:
+            scale = axes.scatter(*points[~rest].T, c=values[~rest], cmap="viridis", **style)
+        if rest.any():
+            handles.append(axes.scatter(*points[rest].T, color=GREY, s=8, zorder=0))
+            labels.append(f"{'no value' if is_number else 'the rest'} ({rest.sum():,})")
+    title = f"{len(samples):,} samples: PC 1 and PC 2, with their shares of the variance"
+    figure.suptitle(title, fontsize=10)
+    if is_number:
+        figure.colorbar(scale, ax=figure.axes, label=one_line(field, 40), shrink=0.6)
+    if handles:
+        legend = figure.legend(handles, labels, loc="outside right upper", fontsize=8, title=field)
+        for text in (*legend.get_texts(), legend.get_title()):
+            text.set_parse_math(False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the font has not every script
+        figure.savefig(path)
+    return f"{path}: {len(names)} panels of {len(samples):,} samples"
+
+
+# ───────────────────────────────────────── command line ────────────────────────────────────────
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; ends the process with status 2 if it makes no sense."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("paths", nargs="+", type=Path, metavar="PATH", help="part file, or directory of them")
+    add("--max-samples", type=int, default=3, metavar="N", help="samples shown (default: 3)")
+    add("--all", action="store_true", help="figures of all samples, not of 1,000 drawn ones")
+    add("--json", action="store_true", help="the view as JSON")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--question-id", action="append", metavar="ID", help="view this; repeatable")
+    modes.add_argument("--verify", action="store_true", help="look for all that can be wrong")
+    modes.add_argument("--export", type=Path, metavar="FILE", help=".npz, or .csv for texts alone")
+    modes.add_argument("--plot", type=Path, metavar="FILE", help="two principal components: .png")
+    add("--vqa-dataset", type=Path, metavar="CSV", help="--verify: compare with what was asked")
+    add("--representation", choices=(VISION, *KINDS), help="--export, --plot: this alone")
+    add("--layer", type=int, metavar="I", help="--export, --plot: this layer alone")
+    add(
+        "--color-by",
+        metavar="FIELD|CSV:COLUMN",
+        help="--plot: a text, an attribute, a CSV's column",
+    )
+    args = parser.parse_args(argv)
+    has_matrices = args.plot or (args.export and args.export.suffix == ".npz")
+    is_view = not (args.verify or args.export or args.plot)
+    for flags, is_given, fits in (
+        ("--vqa-dataset", args.vqa_dataset, args.verify),
+        ("--representation", args.representation, has_matrices),
+        ("--layer", args.layer is not None, has_matrices),
+        ("--color-by", args.color_by, args.plot),
+        ("--all", args.all, is_view),
+        ("--json", args.json, is_view),
+        ("--max-samples below 0", args.max_samples < 0, False),
+        (
+            "--export other than .npz and .csv",
+            args.export,
+            str(args.export).endswith((".npz", ".csv")),
+        ),
+        (
+            "--plot other than .png, .pdf and .svg",
+            args.plot,
+            str(args.plot).endswith((".png", ".pdf", ".svg")),
+        ),
+    ):
+        if is_given and not fits:
+            parser.error(f"{flags} does not go with the rest")
+    return args
+
+
+def run(args: argparse.Namespace) -> str:
+    """What the command line asks for, but --verify, as text. Raises InspectError or OSError."""
+    runs, samples = open_run(args.paths)
+    vectors = choose_vectors(runs.iloc[0], args.representation, args.layer)
+    if args.export:
+        return export(args.export, samples, vectors)
+    drawn = samples.sample(
+        min(len(samples), NUM_PLOTTED if args.plot else NUM_SUMMARISED), random_state=0
+    ).sort_index()
+    if args.plot:
+        return plot(args.plot, drawn, vectors, args.color_by or "ground_truth_answer")
+    drawn, shown = samples if args.all else drawn, samples.head(args.max_samples)
+    if args.question_id:
+        ids = samples["name"].map(unquote)
+        for question_id in set(args.question_id) - set(ids):
+            near = difflib.get_close_matches(question_id, ids, cutoff=0.3) or list(ids[:3])
+            raise InspectError(
+                f"no question_id {question_id!r}; there is {', '.join(map(repr, near))}"
+            )
+        drawn = shown = samples[ids.isin(args.question_id)]
+    facts = describe(runs, samples, drawn, shown)
+    if args.json:
+        return json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False, default=str)
+    return show(facts, sys.maxsize if args.question_id else 57)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line's entry; the exit status."""
+    args = parse(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has not every script
+    try:
+        if not args.verify:
+            print(run(args))
+            return 0
+        findings, count = verify(args.paths, args.vqa_dataset)
+    except (InspectError, OSError) as error:
+        print(one_line(error, 1000), file=sys.stderr)
+        return 1
+    for (path, problem), ids in findings.items():
+        who = (
+            f" ({len(ids):,}: {', '.join(map(repr, ids[:3]))}{', ...' * (len(ids) > 3)})"
+            if ids
+            else ""
+        )
+        print(one_line(f"{path}: {problem}{who}", 1000))
+    if not findings:
+        print(f"{count:,} samples, nothing wrong")
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it as it ends any other tool
+    raise SystemExit(main())

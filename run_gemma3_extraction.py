@@ -69,8 +69,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 SCHEMA_VERSION = 1
 PART_NAME = "gemma3_12b_embeddings_part_{:03d}.h5"
-PART_PATTERN = re.compile(r"gemma3_12b_embeddings_part_(\d{3,})\.h5")
 FAILED_NAME = "failed_samples.csv"
+OUR_FILES = re.compile(
+    r"gemma3_12b_embeddings_part_\d+\.(h5|partial|damaged-\w{8})|failed_samples\.(csv|partial)"
+)
 COLUMNS = {  # ours: what the CSV may call it
     "question_id": ("question_id",),
     "image_id": ("image_id", "image_name"),
@@ -704,7 +706,7 @@ class Extractor:
     def _states(self, chunks: list[Chunk], captured: Captured) -> Tensor:
         """Every vector of every question, side by side in the order of `state_shapes`."""
         images = [chunk.image for chunk in chunks for _ in chunk.prompts]
-        lengths = torch.tensor(captured.layout.lengths, device=self.device)[:, None, None]
+        lengths = _put(captured.layout.lengths, self.device)[:, None, None]
         shared_sum = torch.stack([image.shared_sum for image in images])  # [questions, layers, D]
         by_layer = (
             torch.stack([image.soft for image in images]),
@@ -763,9 +765,9 @@ class Extractor:
         def gather(prefill: Prefill, layer_idx: int) -> list[Tensor]:
             pair = prefill.cache.layer(layer_idx)
             device = pair[0].device
-            rows = torch.tensor([[row] for row, _, _ in prefill.layout.spans], device=device)
-            slots = prefill.layout.slots.to(device)
-            slots = nn.functional.pad(slots, (0, num_slots - slots.shape[1]))
+            rows = _put([[row] for row, _, _ in prefill.layout.spans], device)
+            padding = (0, num_slots - prefill.layout.slots.shape[1])
+            slots = nn.functional.pad(prefill.layout.slots, padding).to(device, non_blocking=True)
             prefill.cache.drop(layer_idx)  # so that never two copies of the whole cache are held
             return [t.transpose(1, 2)[rows, slots].transpose(1, 2) for t in pair]
 
@@ -773,7 +775,7 @@ class Extractor:
         for layer_idx in range(len(self._decoder.layers)):
             gathered = [gather(prefill, layer_idx) for prefill in passes]
             key_values.append(tuple(map(torch.cat, zip(*gathered, strict=True))))
-        length = torch.tensor(lengths, device=self.device)[:, None]
+        length = _put(lengths, self.device)[:, None]
         slot = torch.arange(num_slots + self.max_new_tokens, device=self.device)[None]
         pos = torch.where(slot < num_slots, slot, length + slot - num_slots)
         segment = torch.where((slot < num_slots) & (slot >= length), PADDING, 1)
@@ -789,6 +791,11 @@ def close_gaps(rows: list[int]) -> list[int]:
     moving = [row for row in rows if row >= len(rows)]
     staying = set(rows)
     return [row if row in staying else moving.pop() for row in range(len(rows))]
+
+
+def _put(numbers: list, device: torch.device) -> Tensor:
+    """A tensor on the device, without the wait that `torch.tensor(..., device=...)` brings."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 def _mark(device: torch.device) -> Callable[[], None]:
@@ -958,7 +965,7 @@ def part_path(output_dir: Path, number: int) -> Path:
 
 def find_parts(output_dir: Path) -> list[Path]:
     """The finished parts."""
-    return sorted(path for path in output_dir.iterdir() if PART_PATTERN.fullmatch(path.name))
+    return sorted(output_dir.glob(PART_NAME.replace("{:03d}", "[0-9]*")))
 
 
 def group_name(question_id: str) -> str:
@@ -1114,6 +1121,7 @@ def scan_parts(
         ExtractionError: a part is of another kind of run, or a row changed under its id.
     """
     stored: set[str] = set()
+    by_id = {row.question_id: row for row in rows}
     for path in find_parts(output_dir):
         try:
             with h5py.File(path) as file:
@@ -1124,12 +1132,11 @@ def scan_parts(
             os.replace(path, aside)
             log.warning("%s is damaged (%s): set aside as %s", path, error, aside.name)
             continue
-        for row in rows:
-            if before := texts.get(row.question_id):
-                names = ("question", "image_id", "answer")
-                now = (row.question, row.image_id, row.ground_truth)
-                what = f"a question_id {row.question_id!r}"
-                check_same(what, path, dict(zip(names, before)), dict(zip(names, now)))
+        for question_id in texts.keys() & by_id.keys():
+            row, names = by_id[question_id], ("question", "image_id", "answer")
+            now = dict(zip(names, (row.question, row.image_id, row.ground_truth)))
+            before = dict(zip(names, texts[question_id]))
+            check_same(f"texts of question_id {question_id!r}", path, before, now)
         stored |= texts.keys()
     return stored
 
@@ -1170,9 +1177,8 @@ def write_failures(output_dir: Path, failures: dict[str, tuple[str, str]]) -> No
 
 def remove_files(output_dir: Path, everything: bool) -> None:
     """Delete what a killed run left half written, or everything this program ever wrote here."""
-    stems = (PART_NAME.partition("{")[0], Path(FAILED_NAME).stem)
     for path in output_dir.iterdir():
-        if path.name.startswith(stems) and (everything or path.suffix == ".partial"):
+        if OUR_FILES.fullmatch(path.name) and (everything or path.suffix == ".partial"):
             path.unlink()
 
 
@@ -1431,7 +1437,8 @@ def run_batch(
     except RuntimeError as error:
         ids = [prompt.row.question_id for prompt in prompts]
         raise ExtractionError(f"the model failed on question_ids {ids}: {error}") from error
-    torch.accelerator.empty_cache()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
     if len(prompts) == 1:
         failures[prompts[0].row.question_id] = "the device's memory is too small for it"
         return []
@@ -1917,7 +1924,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line's entry; the exit status."""
-    options = Options(**vars(make_parser().parse_args(argv)))
+    words = sys.argv[1:] if argv is None else argv
+    # "-1,2" looks like a flag to argparse, but not behind an equals sign.
+    words = re.sub(r"(^|\0)--layers\0-", r"\1--layers=-", "\0".join(words)).split("\0")
+    options = Options(**vars(make_parser().parse_args([word for word in words if word])))
     rank = os.environ.get("RANK", "0")
     handler = logging.StreamHandler()
     handler.setFormatter(

@@ -34,7 +34,7 @@ CHARACTERS = [chr(code) for code in range(33, 127)] + ["▁", "\n"]
 
 CHAT_TEMPLATE = r"""{{ bos_token }}
 {%- for message in messages -%}
-    {{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}
+    {{ '<start_of_turn>' + (message['role'] | replace('assistant', 'model')) + '\n' }}
     {%- if message['content'] is string -%}
         {{ message['content'] | trim }}
     {%- else -%}

@@ -288,7 +288,7 @@ def test_a_hook_that_does_not_fire_is_an_error():
 
 
 def test_a_module_that_is_not_there_is_an_error(model, processor):
-    with pytest.raises(script.ExtractionError, match="requirements.txt"):
+    with pytest.raises(script.ExtractionError, match=r"requirements\.txt"):
         script.Extractor(model, script.Prompts(processor), [99], 0, CPU)
 
 

@@ -1,0 +1,146 @@
+"""Part files: names, types, and what becomes of them."""
+
+import urllib.parse
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import run_gemma3_extraction as script
+
+SHAPES = {
+    "vision_representation": 24,
+    "vision_token_representation/layer_0": 32,
+    "query_token_representation/layer_0": 32,
+    "multimodal_representation/layer_0": 32,
+}
+
+
+def make_states(seed=0, scale=1e5):
+    """Vectors of the size that Gemma 3's residual stream reaches, which float16 does not hold."""
+    random = np.random.default_rng(seed)
+    return {
+        name: (random.standard_normal(width) * scale).astype(np.float32)
+        for name, width in SHAPES.items()
+    }
+
+
+def write_part(path, rows, compression="none", storage_dtype="float32"):
+    writer = script.PartWriter(path, {"storage_dtype": storage_dtype}, compression)
+    for row in rows:
+        writer.add(row, make_states(row.index), f"answer {row.index}", {"answer_truncated": False})
+    writer.finish(is_attempted_whole=True)
+
+
+def make_row(index, question_id=None):
+    return script.Row(index, question_id or str(index), "a.png", f"q{index}", "NA")
+
+
+@pytest.mark.parametrize(
+    "question_id",
+    ["007", "a/b", "/", ".", "..", "...", "a.b", "%2F", "50%", "日本/语", " ", "ключ"],
+)
+def test_ids_come_back_from_their_names(tmp_path, question_id):
+    name = script.group_name(question_id)
+    assert urllib.parse.unquote(name) == question_id
+    write_part(tmp_path / "a.h5", [make_row(0, question_id)])
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert list(file) == [name]
+        assert file[name].attrs["question_id"] == question_id
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip", "lzf"])
+def test_float32_is_exact(tmp_path, compression):
+    write_part(tmp_path / "a.h5", [make_row(3)], compression)
+    with h5py.File(tmp_path / "a.h5") as file:
+        for name, vector in make_states(3).items():
+            assert file["3"][name].dtype == np.float32
+            np.testing.assert_array_equal(file["3"][name], vector)
+            expected = {"none": None}.get(compression, compression)
+            assert file["3"][name].compression == expected
+        link = file["3"].get("vision_only_representation", getlink=True)
+        assert isinstance(link, h5py.SoftLink)
+        assert file["3/vision_only_representation"] == file["3/vision_representation"]
+
+
+def test_bfloat16_rounds_as_torch_and_leaves_means_alone(tmp_path):
+    write_part(tmp_path / "a.h5", [make_row(3)], storage_dtype="bfloat16")
+    with h5py.File(tmp_path / "a.h5") as file:
+        for name, vector in make_states(3).items():
+            is_mean = name.startswith(("vision_representation", "multimodal"))
+            rounded = torch.from_numpy(vector).bfloat16().float().numpy()
+            np.testing.assert_array_equal(file["3"][name], vector if is_mean else rounded)
+            assert file["3"][name].id.get_storage_size() == vector.size * (4 if is_mean else 2)
+
+
+def test_a_part_takes_over_what_was_there(tmp_path):
+    path = tmp_path / "a.h5"
+    write_part(path, [make_row(0), make_row(1)])
+    write_part(path, [make_row(2)])
+    attributes, texts = script.read_part(path, SHAPES)
+    assert attributes["num_samples"] == 3
+    assert texts == {str(i): (f"q{i}", "a.png", "NA") for i in range(3)}
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(
+            file["1/vision_only_representation"], make_states(1)["vision_representation"]
+        )
+
+
+def test_nothing_is_there_before_it_is_whole(tmp_path):
+    path = tmp_path / "a.h5"
+    writer = script.PartWriter(path, {"storage_dtype": "float32"}, "none")
+    writer.add(make_row(0), make_states(), "", {})
+    assert not list(tmp_path.glob("*.h5"))
+    writer.finish(is_attempted_whole=False)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_part_whose_rows_all_failed_is_written_empty(tmp_path):
+    path = tmp_path / "a.h5"
+    for is_attempted_whole in (False, True):
+        writer = script.PartWriter(path, {"storage_dtype": "float32"}, "none")
+        writer.finish(is_attempted_whole=is_attempted_whole)
+        assert path.exists() == is_attempted_whole
+    assert script.read_part(path, SHAPES)[0]["num_samples"] == 0
+
+
+def damage_count(file):
+    file.attrs["num_samples"] = 2
+
+
+def damage_vector(file):
+    file["0/query_token_representation/layer_0"][3] = np.inf
+
+
+def damage_text(file):
+    del file["0/answer"]
+
+
+def damage_shape(file):
+    del file["0/vision_representation"]
+    file["0/vision_representation"] = np.zeros(7, np.float32)
+
+
+def damage_id(file):
+    file["0"].attrs["question_id"] = "1"
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_count, damage_vector, damage_text, damage_shape, damage_id]
+)
+def test_damage_is_seen(tmp_path, damage):
+    write_part(tmp_path / "a.h5", [make_row(0)])
+    script.read_part(tmp_path / "a.h5", SHAPES)
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        damage(file)
+    with pytest.raises(script.DamagedPart):
+        script.read_part(tmp_path / "a.h5", SHAPES)
+
+
+def test_failures_come_back_and_go_away(tmp_path):
+    failures = {"a,b": ("x.png", 'said "no"\nand more'), "ключ": ("", "")}
+    script.write_failures(tmp_path, failures)
+    assert script.read_failures(tmp_path) == failures
+    script.write_failures(tmp_path, {})
+    assert not list(tmp_path.iterdir())
