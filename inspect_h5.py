@@ -18,13 +18,11 @@ import contextlib
 import difflib
 import json
 import os
-import re
 import signal
 import sys
 import unicodedata
 import warnings
 import zipfile
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import unquote
@@ -33,31 +31,31 @@ import h5py
 import numpy as np
 import pandas as pd
 
-PART_PATTERN = re.compile(r"gemma3_12b_embeddings_part_(\d{3,})\.h5")
-VISION, VISION_LINK = "vision_representation", "vision_only_representation"
+VISION, LINK = "vision_representation", "vision_only_representation"
 KINDS = ("vision_token_representation", "query_token_representation", "multimodal_representation")
 TEXTS = ("image_id", "question", "answer", "ground_truth_answer")
-COUNTS = {"row", "num_prompt_tokens", "vision_token_pos", "query_token_pos", "num_answer_tokens"}
-CSV_NAMES = {"image_id": ("image_id", "image_name"), "question": ("question",)}
-CSV_NAMES |= {"ground_truth_answer": ("answer", "gt_answer")}
-REQUIRED = {"model_name", "layers", "hidden_size", "vision_hidden_size", "num_samples"}
-VARYING = {  # attributes that may differ between the parts of one run
-    *("num_samples", "created_at", "device", "dataset", "dataset_sha256"),
-    *("python_version", "torch_version", "transformers_version"),
+COUNTS = ("row", "num_prompt_tokens", "vision_token_pos", "query_token_pos", "num_answer_tokens")
+CSV_NAMES = {  # ours: what the CSV may call it
+    "image_id": ("image_id", "image_name"),
+    "question": ("question",),
+    "ground_truth_answer": ("answer", "gt_answer"),
 }
-NUM_SUMMARISED, NUM_PLOTTED, NUM_VERIFIED = 1000, 2000, 1000  # drawn, drawn, at a time
+REQUIRED = {"model_name", "layers", "hidden_size", "vision_hidden_size", "num_samples"}
+VARYING = {"num_samples", "created_at", "device", "dataset", "dataset_sha256"}  # from part to part
+VARYING |= {"python_version", "torch_version", "transformers_version"}
+NUM_DRAWN, BLOCK = 1000, 64  # samples in the table and the plot; in memory in --verify
 HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
 STRING = h5py.string_dtype()
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000")
-COLORS += ("#56B4E9", "#D55E00", "#F0E442", "#882255", "#999933")
+COLORS = "#0072B2 #E69F00 #009E73 #CC79A7 #000000 #56B4E9 #D55E00 #F0E442 #882255 #999933".split()
 MARKERS, GREY = "os^Dv*P<X>", "#BBBBBB"
+Paths = str | Path | Iterable[str | Path]
 
 
-class InspectError(ValueError):
+class InspectError(Exception):
     """What was asked for cannot be done; the message says why."""
 
 
-# ─────────────────────────────────────── parts and samples ─────────────────────────────────────
+# ────────────────────────────────────── parts and samples ──────────────────────────────────────
 
 
 @contextlib.contextmanager
@@ -66,23 +64,19 @@ def opened(path: Path) -> Iterator[h5py.File]:
     try:
         with h5py.File(path) as file:
             yield file
-    except InspectError:
-        raise
     except HDF5_ERRORS as error:
         raise InspectError(f"{path} cannot be read: {error.args[-1]}") from error
 
 
-def find_parts(paths: Iterable[Path]) -> list[Path]:
+def find_parts(paths: Paths) -> list[Path]:
     """The files among `paths` and the part files in the directories among them, none twice."""
     found: dict[Path, Path] = {}
-    for path in paths:
-        inside = [path] if path.exists() else []
-        if path.is_dir():
-            inside = [p for p in path.iterdir() if PART_PATTERN.fullmatch(p.name)]
+    for path in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
+        inside = path.glob("gemma3_12b_embeddings_part_*.h5") if path.is_dir() else [path]
+        inside = sorted((p for p in inside if p.exists()), key=lambda p: (len(p.name), p.name))
         if not inside:
             raise InspectError(f"{path} is no file, and no directory with part files in it")
-        for part_path in sorted(inside, key=lambda p: (len(p.name), p.name)):
-            found.setdefault(part_path.resolve(), part_path)
+        found |= {p.resolve(): p for p in inside if p.resolve() not in found}
     return list(found.values())
 
 
@@ -96,53 +90,54 @@ def open_part(path: Path) -> tuple[dict, list[str]]:
     return attributes, names
 
 
-def open_run(paths: str | Path | Iterable[str | Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The attributes by part, and in order the samples: path, name (of the group), row.
+def differing_settings(first: dict, other: dict) -> list[str]:
+    """What makes them parts of different runs, with both values."""
+    names = sorted((first.keys() | other.keys()) - VARYING)
+    pairs = {name: (first.get(name), other.get(name)) for name in names}
+    return [f"{name} is {b!r}, elsewhere {a!r}" for name, (a, b) in pairs.items() if a != b]
 
-    Raises:
-        InspectError: parts that cannot be read, of different settings, or with an id twice.
+
+def open_run(paths: Paths) -> tuple[dict[Path, dict], pd.DataFrame]:
+    """The parts' attributes, and all samples in order: path, name (of the group), row.
+
+    Raises InspectError: no parts, parts of different runs, or an id twice.
     """
-    paths = [paths] if isinstance(paths, (str, Path)) else paths
-    parts = {path: open_part(path) for path in find_parts(map(Path, paths))}
-    runs = pd.DataFrame([attributes for attributes, _ in parts.values()], list(parts), dtype=object)
-    for name in runs.columns.difference(list(VARYING)):
-        for path in runs.index[runs[name].astype(str) != str(runs[name].iloc[0])]:
-            values = f"{runs[name].iloc[0]!r} in {runs.index[0]} and {runs[name][path]!r} in {path}"
-            raise InspectError(f"parts of different runs: {name} is {values}")
-    samples = []
-    for path, (_, names) in parts.items():
+    parts, samples = {}, []
+    for path in find_parts(paths):
+        parts[path], names = open_part(path)
+        if differing := differing_settings(next(iter(parts.values())), parts[path]):
+            raise InspectError(f"{path} is of another run: {differing[0]}")
         with opened(path) as file:
-            rows = {name: read_row(file, name) for name in names}
-        samples += [(path, name, rows[name]) for name in sorted(rows, key=rows.__getitem__)]
-    samples = pd.DataFrame(samples, columns=["path", "name", "row"])
-    for name in samples["name"][samples["name"].duplicated()]:
+            samples += sorted(
+                ((path, name, read_attribute(file, name, "row", int)) for name in names),
+                key=lambda s: s[2],
+            )
+    table = pd.DataFrame(samples, columns=["path", "name", "row"])
+    for name in table["name"][table["name"].duplicated()]:
         raise InspectError(f"question_id {unquote(name)!r} is in two parts; see --verify")
-    return runs, samples
+    return parts, table
 
 
-def choose_vectors(
-    attributes: dict | pd.Series, kind: str | None = None, layer: int | None = None
-) -> dict[str, int]:
-    """The vectors of a representation, of a layer, of both, or all: data set and length."""
+def choose_vectors(attributes: dict, kind: str | None = None, layer: int | None = None) -> dict:
+    """The data sets of a representation, of a layer, of both, or all; and their lengths."""
     layers, width = attributes["layers"], attributes["hidden_size"]
-    vectors = {f"{k}/layer_{i}": width for k in KINDS for i in layers}
-    vectors = {VISION: attributes["vision_hidden_size"], **vectors}
-    chosen = {name: dim for name, dim in vectors.items() if kind in (None, name.split("/")[0])}
-    if layer is not None:
-        chosen = {name: dim for name, dim in chosen.items() if name.endswith(f"/layer_{layer}")}
+    there = {VISION: attributes["vision_hidden_size"]}
+    there |= {f"{k}/layer_{i}": width for k in KINDS for i in layers}
+    suffix = "" if layer is None else f"/layer_{layer}"
+    chosen = {n: d for n, d in there.items() if n.startswith(kind or "") and n.endswith(suffix)}
     if not chosen:
-        raise InspectError(f"no layer {layer} of {kind or 'any kind'}; there is {list(vectors)}")
+        raise InspectError(f"no layer {layer} of {kind or 'any kind'}; there is {', '.join(there)}")
     return chosen
 
 
-# HDF5's own calls: `file[name][()]` takes four times as long on vectors this short.
+# Below are HDF5's own calls: `file[name][()]` takes four times as long on vectors this short.
 
 
-def read_row(file: h5py.File, name: str) -> int:
-    """A sample's row in the CSV."""
-    value = np.empty((), np.int64)
-    h5py.h5a.open(file.id, b"row", obj_name=name.encode()).read(value)
-    return int(value)
+def read_attribute(file: h5py.File, name: str, attribute: str, dtype: np.dtype | type):
+    """One of a sample's attributes. Raises one of HDF5_ERRORS."""
+    value = np.empty((), dtype)
+    h5py.h5a.open(file.id, attribute.encode(), obj_name=name.encode()).read(value)
+    return value.item()
 
 
 def read_texts(file: h5py.File, name: str) -> dict[str, str]:
@@ -155,26 +150,16 @@ def read_texts(file: h5py.File, name: str) -> dict[str, str]:
     return texts
 
 
-def read_vectors(
-    file: h5py.File, names: Iterable[str], vector: str, width: int, errors: dict | None = None
-) -> np.ndarray:
-    """One vector of each sample: float32 [num_samples, width].
-
-    One that cannot be read raises InspectError, or goes into `errors` by the sample's name.
-    """
-    matrix = np.empty((len(names), width), np.float32)
-    for name, row in zip(names, matrix, strict=True):
+def read_vectors(file: h5py.File, names: list[str], vector: str, out: np.ndarray) -> dict[str, str]:
+    """Read one vector of each sample into `out` [num_samples, D]; what went wrong, by name."""
+    problems, space = {}, h5py.h5s.create_simple(out.shape[1:])  # another length is an error
+    for name, row in zip(names, out, strict=True):
         try:
             dataset = h5py.h5d.open(file.id, f"{name}/{vector}".encode())
-            if dataset.shape != row.shape:
-                raise ValueError(f"has shape {dataset.shape}; expected {row.shape}")
-            dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, row, h5py.h5t.NATIVE_FLOAT)
+            dataset.read(space, h5py.h5s.ALL, row, h5py.h5t.NATIVE_FLOAT)
         except HDF5_ERRORS as error:
-            if errors is None:
-                place = f"{file.filename}, question_id {unquote(name)!r}"
-                raise InspectError(f"{place}: {vector} {error.args[0]}; see --verify") from error
-            errors[name] = f"{vector}: {error.args[0]}"
-    return matrix
+            problems[name] = f"{vector}: {error.args[0]}"
+    return problems
 
 
 def read_samples(samples: pd.DataFrame) -> pd.DataFrame:
@@ -187,27 +172,39 @@ def read_samples(samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_matrix(samples: pd.DataFrame, vector: str, width: int) -> np.ndarray:
-    """One vector of each sample: float32 [num_samples, width]."""
-    matrix, start = np.empty((len(samples), width), np.float32), 0
+    """One vector of each sample, in their order: float32 [num_samples, width]."""
+    matrix, stop = np.empty((len(samples), width), np.float32), 0
     for path, names in samples.groupby("path", sort=False)["name"]:
+        start, stop = stop, stop + len(names)
         with opened(path) as file:
-            matrix[start : start + len(names)] = read_vectors(file, names, vector, width)
-        start += len(names)
+            for name, problem in read_vectors(file, names, vector, matrix[start:stop]).items():
+                raise InspectError(f"{path}, {unquote(name)!r}: {problem}; see --verify")
     return matrix
 
 
 def load_embeddings(
-    paths: str | Path | Iterable[str | Path], representation: str, layer: int | None = None
+    paths: Paths, representation: str, layer: int | None = None
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """The samples' texts and attributes, and one vector of each: float32 [num_samples, D].
 
     `paths` are files or directories; `vision_representation` has no layer. Raises InspectError.
     """
-    runs, samples = open_run(paths)
-    vectors = choose_vectors(runs.iloc[0], representation, layer)
+    parts, samples = open_run(paths)
+    vectors = choose_vectors(next(iter(parts.values())), representation, layer)
     if len(vectors) > 1:
-        raise InspectError(f"layer is {layer}; expected one of {runs['layers'].iloc[0]}")
+        raise InspectError(f"{representation}: say which layer of {', '.join(vectors)}")
     return read_samples(samples), read_matrix(samples, *vectors.popitem())
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A CSV by question_id, text as it stands. Raises InspectError if it cannot be that."""
+    try:
+        table = pd.read_csv(path, dtype=str, na_filter=False, index_col=False, encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise InspectError(f"{path} cannot be read: {error}") from error
+    if "question_id" not in table or table["question_id"].duplicated().any():
+        raise InspectError(f"{path} has no column question_id, or an id in it twice")
+    return table.set_index("question_id")
 
 
 # ─────────────────────────────────────────── the view ──────────────────────────────────────────
@@ -221,56 +218,55 @@ def summarise(matrix: np.ndarray) -> dict[str, float | None]:
     n, units = np.count_nonzero(norms), whole[norms > 0] / norms[norms > 0, None]
     # |sum of u|² holds n squares of unit vectors, and the cosine of every pair twice.
     pairs = np.sum(units.sum(axis=0) ** 2) - n
-    figures = {
-        "norm_mean": norms.mean() if len(norms) else None,
-        "norm_std": norms.std() if len(norms) else None,
-        "max_abs": np.abs(matrix).max(initial=0, where=finite),
-        "nonfinite_share": 1 - finite.mean() if matrix.size else None,
-        "mean_cosine": pairs / (n * (n - 1)) if n > 1 else None,
-    }
-    return {name: value if value is None else float(value) for name, value in figures.items()}
-
-
-def describe_group(group: h5py.Group, prefix: str = "") -> dict[str, str]:
-    """What a sample holds, by path: type, shape and compression as they are in the file."""
-    tree: dict[str, str] = {}
-    for name in sorted(group, key=lambda name: (len(name) if "layer_" in name else 0, name)):
-        link, member, path = group.get(name, getlink=True), group.get(name), prefix + name
-        if isinstance(link, h5py.SoftLink):
-            tree[path] = f"-> {link.path}"
-        elif isinstance(member, h5py.Group):
-            tree |= describe_group(member, path + "/")
-        elif h5py.check_string_dtype(member.dtype):
-            tree[path] = "text"
-        else:  # h5py shows bfloat16 as the float32 that it reads
-            is_bfloat16 = member.id.get_type().get_size() == 2 and member.dtype == np.float32
-            dtype, compression = "bfloat16" if is_bfloat16 else member.dtype, member.compression
-            tree[path] = f"{dtype} {list(member.shape)} {compression or ''}".rstrip()
-    return tree
-
-
-def describe(runs: pd.DataFrame, samples: pd.DataFrame, drawn: pd.DataFrame, shown) -> dict:
-    """All that the view says: the run, a sample's tree, figures of `drawn`, texts of `shown`."""
-    values = {name: list(dict.fromkeys(map(str, runs[name]))) for name in runs}
-    tree = {}
-    if len(drawn):
-        with opened(drawn["path"].iloc[0]) as file:
-            tree = describe_group(file[drawn["name"].iloc[0]])
-    beside = {path.with_name("failed_samples.csv") for path in runs.index}
-    vectors = choose_vectors(runs.iloc[0]).items() if len(drawn) else ()
     return {
-        "files": list(map(str, runs.index)),
+        "norm_mean": float(norms.mean()) if len(norms) else None,
+        "norm_std": float(norms.std()) if len(norms) else None,
+        "max_abs": float(np.abs(matrix).max(initial=0, where=finite)),
+        "nonfinite_share": float(1 - finite.mean()),
+        "mean_cosine": float(pairs / (n * (n - 1))) if n > 1 else None,
+    }
+
+
+def describe_sample(group: h5py.Group) -> dict[str, str]:
+    """What a sample holds, by path: type, shape and compression as they are in the file."""
+    tree = {}
+
+    def visit(path: str, member: h5py.Group | h5py.Dataset) -> None:
+        if isinstance(member, h5py.Dataset) and h5py.check_string_dtype(member.dtype):
+            tree[path] = "text"
+        elif isinstance(member, h5py.Dataset):  # h5py shows bfloat16 as the float32 it reads
+            is_bfloat16 = member.dtype == np.float32 and member.id.get_type().get_size() == 2
+            dtype = "bfloat16" if is_bfloat16 else member.dtype
+            tree[path] = f"{dtype} {list(member.shape)} {member.compression or ''}".rstrip()
+
+    group.visititems(visit)
+    return tree | ({LINK: f"-> {VISION}"} if LINK in group else {})
+
+
+def describe(parts: dict[Path, dict], samples, drawn, shown, vectors: dict[str, int]) -> dict:
+    """All that the view says: the run, a sample's tree, figures of `drawn`, texts of `shown`."""
+    first, tree, figures = next(iter(parts.values())), {}, {}
+    for path, name in drawn[["path", "name"]].values[:1]:
+        with opened(path) as file:
+            tree = describe_sample(file[name])
+    for name, width in vectors.items() if len(drawn) else ():
+        figures[name] = {"dim": width, **summarise(read_matrix(drawn, name, width))}
+    order = [*TEXTS, VISION, LINK, *choose_vectors(first)]
+    beside = {path.with_name("failed_samples.csv") for path in parts}
+    return {
+        "files": [str(path) for path in parts],
         "num_samples": len(samples),
         "num_failed": sum(len(read_table(path)) for path in beside if path.exists()),
-        "attributes": {n: v if len(v) > 1 else runs[n].iloc[0] for n, v in values.items()},
-        "sample": tree,
+        "settings": {name: value for name, value in first.items() if name not in VARYING},
+        "by_part": {n: [part.get(n) for part in parts.values()] for n in sorted(VARYING)},
+        "sample": {path: tree[path] for path in sorted(tree, key=(order + list(tree)).index)},
         "num_samples_read": len(drawn),
-        "figures": {n: {"dim": d, **summarise(read_matrix(drawn, n, d))} for n, d in vectors},
-        "samples": read_samples(shown).to_dict("records"),
+        "figures": figures,
+        "samples": json.loads(read_samples(shown).to_json(orient="records")),  # NaN is null
     }
 
 
-def one_line(value: object, width: int) -> str:
+def one_line(value: object, width: int = sys.maxsize) -> str:
     """Text in `width` columns of a terminal at most, line breaks and the like escaped."""
     shown, used = "", 0
     for char in str(value):
@@ -283,144 +279,119 @@ def one_line(value: object, width: int) -> str:
 
 
 def show(facts: dict, width: int) -> str:
-    """The facts as text for a terminal; the samples' texts are cut at `width`."""
+    """The facts for a terminal of 80 columns; `width` cuts what need not be whole."""
     files, total, num_read = facts["files"], facts["num_samples"], facts["num_samples_read"]
-    lines = [files[0] if len(files) == 1 else f"{files[0]} ... {Path(files[-1]).name}"]
-    lines += [f"{len(files)} parts, {total:,} samples, {facts['num_failed']:,} rows failed", ""]
-    for name, value in facts["attributes"].items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-        lines.append(f"{name:<22}{one_line(shown, width)}")
-    lines += ["", *(f"{path:<42}{what}" for path, what in facts["sample"].items())]
-    lines += ["", f"{num_read:,} of {total:,} samples" + (" (drawn)" if num_read < total else "")]
-    lines += [f"{'':36}   dim  mean L2  sd L2   max|x|   bad  cosine"]
-    for name, (dim, *norms, bad, cosine) in ((n, f.values()) for n, f in facts["figures"].items()):
-        cells = "".join(f"{x:8.4g}" if x and abs(x) < 1000 else f"{x or 0:8.0f}" for x in norms)
-        cosine = "-" if cosine is None else f"{cosine:.4f}"
-        lines.append(f"{name:<36}{dim:>6} {cells}{bad:6.1%}{cosine:>8}")
+    lines = [files[0], *(["... " + files[-1]] if len(files) > 1 else [])]
+    lines += [f"parts: {len(files)}, samples: {total:,}, failed: {facts['num_failed']:,}", ""]
+    by_part = {name: sorted(set(map(str, values))) for name, values in facts["by_part"].items()}
+    for name, value in (facts["settings"] | by_part).items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else value
+        lines.append(f"{name:<22}{one_line(text, width)}")
+    lines += ["", *(f"{path:<38}{what}" for path, what in facts["sample"].items()), ""]
+    drawn = " (drawn at random; --all reads all)" if num_read < total else ""
+    lines.append(f"figures of {num_read:,} samples{drawn}")
+    lines.append(f"{'':36}  dim  mean L2   sd L2 max |x|   bad  cosine")
+    for name, (dim, *sizes, bad, cosine) in ((n, f.values()) for n, f in facts["figures"].items()):
+        sizes = [f"{x or 0:.0f}" if x is None or x >= 1000 else f"{x:.4g}" for x in sizes]
+        cells = [f"{name:<36}{dim:>5} ", *(f"{x:>8}" for x in sizes), f"{bad:6.1%}"]
+        lines.append("".join(cells) + (f"{cosine:8.4f}" if cosine is not None else f"{'-':>8}"))
     for sample in facts["samples"]:
-        lines += ["", f"{one_line(sample['question_id'], 40)}  {one_line(sample['image_id'], 38)}"]
-        for name in ("question", "ground_truth_answer", "answer"):
-            lines.append(f"  {name:<20}{one_line(sample[name], width)}")
+        lines += ["", one_line(f"{sample['question_id']}  {sample['image_id']}", 80)]
+        names = ("question", "ground_truth_answer", "answer") if width < 80 else sample
+        lines += [f"  {name:<20}{one_line(sample[name], width)}" for name in names]
     return "\n".join(lines)
 
 
 # ──────────────────────────────────────────── verify ───────────────────────────────────────────
 
-Findings = dict[tuple[Path, str], list[str]]  # by file and problem: the question_ids that have it
 
-
-def verify_samples(
-    file: h5py.File, names: list[str], vectors: dict[str, int], stored: dict, findings: Findings
-) -> None:
-    """Note what is wrong with samples of one file; what they say goes to `stored` by id."""
-    path = Path(file.filename)
+def verify_samples(file, names, vectors, stored) -> Iterator[tuple[str, str]]:
+    """What is wrong with samples of one file, and with which; `stored` takes texts by id."""
     texts = {}
     for name in names:
         try:
-            texts[name] = read_texts(file, name)
-            attributes = file[name].attrs
-            for attribute in COUNTS - attributes.keys():
-                findings[path, f"attribute {attribute} is missing"].append(unquote(name))
-            if VISION_LINK not in file[name]:
-                findings[path, f"{VISION_LINK} is missing"].append(unquote(name))
-            if attributes["question_id"] != unquote(name):
-                findings[path, "attribute question_id is another than the name"].append(
-                    unquote(name)
-                )
-            if attributes["question_id"] in stored:
-                findings[path, "question_id is there already"].append(attributes["question_id"])
-            stored[attributes["question_id"]] = texts[name]
+            group, texts[name] = h5py.h5g.open(file.id, name.encode()), read_texts(file, name)
+            question_id = read_attribute(file, name, "question_id", STRING).decode()
+            missing = [n for n in COUNTS if not h5py.h5a.exists(group, n.encode())]
+            for member in missing + ([] if LINK.encode() in group else [LINK]):
+                yield f"{member} is missing", question_id
+            if question_id != unquote(name) or question_id in stored:
+                yield "question_id is there twice, or not what the group is called", question_id
+            stored[question_id] = texts[name]
         except HDF5_ERRORS as error:
-            findings[path, f"a text or attribute: {error.args[0]}"].append(unquote(name))
+            yield f"texts or attributes: {error.args[0]}", unquote(name)
     for vector, width in vectors.items():
-        errors = {}
-        matrix = read_vectors(file, texts, vector, width, errors)
-        for name, problem in errors.items():
-            findings[path, problem].append(unquote(name))
-        good = [name for name in texts if name not in errors]
-        matrix = matrix[[name not in errors for name in texts]] if errors else matrix
+        matrix = np.empty((len(texts), width), np.float32)
+        problems = read_vectors(file, list(texts), vector, matrix)
+        good = np.array([name for name in texts if name not in problems], dtype=object)
+        matrix = matrix[[name not in problems for name in texts]] if problems else matrix
         low, high = matrix.min(axis=1), matrix.max(axis=1)  # NaN if there is one
-        for k in np.flatnonzero(~np.isfinite(high - low)):
-            findings[path, f"{vector} is not finite"].append(unquote(good[k]))
-        for k in np.flatnonzero(low == high):
-            findings[path, f"{vector} holds one value only"].append(unquote(good[k]))
-        depends_on = ("image_id",) if "vision" in vector else ("image_id", "question")
-        inputs = {tuple(texts[name][key] for key in depends_on) for name in good}
-        if len(inputs) > 1 and (matrix == matrix[0]).all():
-            findings[path, f"{vector} is the same in {len(good)} samples"] = []
+        inputs = TEXTS[:1] if "vision" in vector else TEXTS[:2]  # what the vector depends on
+        is_varied = len({tuple(texts[name][n] for n in inputs) for name in good}) > 1
+        problems |= dict.fromkeys(good[low == high], f"{vector} has only one value")
+        if is_varied and (matrix == matrix[0]).all():
+            problems |= dict.fromkeys(good, f"{vector} is the same in all samples")
+        is_finite = np.isfinite([low, high]).all(axis=0)
+        problems |= dict.fromkeys(good[~is_finite], f"{vector} is not finite")
+        yield from ((problem, unquote(name)) for name, problem in problems.items())
 
 
-def verify(paths: list[Path], csv_path: Path | None = None) -> tuple[Findings, int]:
-    """All that is wrong with a set of parts, and with the CSV beside them; the number of samples."""
-    findings, stored, first, files = defaultdict(list), {}, {}, find_parts(paths)
+def verify(paths: list[Path], csv_path: Path | None, stored: dict) -> Iterator[tuple]:
+    """Everything that is wrong: the file, the problem, and which sample has it, or None."""
+    files, first = find_parts(paths), {}
     for directory in dict.fromkeys(path.parent for path in files):
-        matches = (PART_PATTERN.fullmatch(p.name) for p in files if p.parent == directory)
-        numbers = {int(match[1]) for match in matches if match}
-        start = 1 if directory in paths else min(numbers, default=1)
-        for number in sorted(set(range(start, max(numbers, default=0))) - numbers):
-            findings[directory, f"part {number} is missing"] = []
+        ends = (p.stem.rpartition("_part_")[2] for p in files if p.parent == directory)
+        numbers = {int(end) for end in ends if end.isdigit()} or {1}
+        start = 1 if directory in paths else min(numbers)
+        for number in sorted(set(range(start, max(numbers))) - numbers):
+            yield directory, f"part {number} is missing", None
     for path in files:
         try:
             attributes, names = open_part(path)
             first = first or attributes
-            for name in sorted((first.keys() | attributes.keys()) - VARYING):
-                if first.get(name) != attributes.get(name):
-                    values = f"{attributes.get(name)!r}, not {first.get(name)!r} as in {files[0]}"
-                    findings[path, f"{name} is {values}"] = []
+            yield from ((path, problem, None) for problem in differing_settings(first, attributes))
             if attributes["num_samples"] != len(names):
-                count = f"num_samples is {attributes['num_samples']}, but there are {len(names)}"
-                findings[path, count] = []
+                count = f"num_samples is {attributes['num_samples']}, there are {len(names)}"
+                yield path, count, None
+            vectors = choose_vectors(attributes)
             with opened(path) as file:
-                for k in range(0, len(names), NUM_VERIFIED):
-                    some, vectors = names[k : k + NUM_VERIFIED], choose_vectors(attributes)
-                    verify_samples(file, some, vectors, stored, findings)
+                for k in range(0, len(names), BLOCK):
+                    for finding in verify_samples(file, names[k : k + BLOCK], vectors, stored):
+                        yield path, *finding
         except InspectError as error:
-            findings[path, str(error)] = []
-    if csv_path:
-        compare_with_csv(csv_path, stored, findings)
-    return findings, len(stored)
-
-
-def compare_with_csv(csv_path: Path, stored: dict[str, dict], findings: Findings) -> None:
-    """Note the rows that are missing, those that are no longer there, and texts that differ."""
-    table = read_table(csv_path)
-    for ours, names in CSV_NAMES.items():
+            yield path, str(error).removeprefix(f"{path} "), None
+    table = read_table(csv_path) if csv_path else pd.DataFrame(index=list(stored))
+    yield from ((csv_path, "not in the parts", i) for i in table.index if i not in stored)
+    yield from ((csv_path, "in the parts but not here", i) for i in stored if i not in table.index)
+    for ours, names in CSV_NAMES.items() if csv_path else ():
         column = next((name for name in names if name in table), None)
         if column is None:
             raise InspectError(f"{csv_path} has no column {' or '.join(names)}")
         for question_id, text in table[column].items():
             if question_id in stored and stored[question_id][ours] != text:
-                findings[csv_path, f"{ours} differs from what is stored"].append(question_id)
-    for problem, ids in {
-        "not in the parts": [i for i in table.index if i not in stored],
-        "in the parts but not here": sorted(stored.keys() - set(table.index)),
-    }.items():
-        if ids:
-            findings[csv_path, problem] = ids
+                yield csv_path, f"{ours} is another than in the parts", question_id
 
 
 # ───────────────────────────────────────── export, plot ────────────────────────────────────────
 
 
 def export(path: Path, samples: pd.DataFrame, vectors: dict[str, int]) -> str:
-    """Write the texts (.csv), or texts and matrices (.npz) one after the other; what is there."""
-    read = read_samples(samples)[["question_id", *TEXTS]]
-    partial, lines = path.with_name(path.name + ".partial"), [f"{path}: {len(samples):,} samples"]
+    """Write the texts (.csv), or texts and matrices one after the other (.npz); what it holds."""
+    texts = read_samples(samples)[["question_id", *TEXTS]]
+    lines, partial = [f"{path}: {len(samples):,} samples"], path.with_name(f"{path.name}.partial")
     try:
         if path.suffix == ".csv":
-            read.to_csv(partial, index=False)
+            texts.to_csv(partial, index=False)
         else:
-            with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-                for name in (*read, *vectors):
-                    is_text = name in read
+            with zipfile.ZipFile(partial, "w") as archive:
+                for name in (*texts, *vectors):
+                    width = vectors.get(name)
                     array = (
-                        read[name].to_numpy(str)
-                        if is_text
-                        else read_matrix(samples, name, vectors[name])
+                        read_matrix(samples, name, width) if width else texts[name].to_numpy(str)
                     )
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                         np.lib.format.write_array(member, array, allow_pickle=False)
-                    lines.append(f"  {name:<40}{array.dtype} {list(array.shape)}")
+                    lines.append(f"{name:<38}{array.dtype} {list(array.shape)}")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -428,38 +399,35 @@ def export(path: Path, samples: pd.DataFrame, vectors: dict[str, int]) -> str:
 
 
 def principal_components(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two principal components of vectors [num_samples, D]: coordinates [num_samples, 2], shares.
-
-    By the smaller of the two matrices of inner products; a share is of the whole variance.
-    """
+    """Vectors [num_samples, D] on their first two axes [num_samples, 2]; shares of the variance."""
     centred = matrix - matrix.mean(axis=0, dtype=np.float64)
     is_wide = centred.shape[0] < centred.shape[1]
-    products = centred @ centred.T if is_wide else centred.T @ centred
+    products = centred @ centred.T if is_wide else centred.T @ centred  # the smaller one
     values, axes = np.linalg.eigh(products)
     values, axes = values[:-3:-1].clip(0), axes[:, :-3:-1]
     points = axes * np.sqrt(values) if is_wide else centred @ axes
-    points *= np.sign(points[np.abs(points).argmax(axis=0), [0, 1]])
+    points *= np.sign(
+        points[np.abs(points).argmax(axis=0), [0, 1]]
+    )  # a sign that is always the same
     return points, values / max(np.trace(products), np.finfo(float).tiny)
 
 
 def color_values(samples: pd.DataFrame, field: str) -> pd.Series:
-    """What the points are coloured by: numbers or categories, NaN where there is no value."""
+    """What the points are coloured by: numbers or texts, NaN where there is no value."""
     table = read_samples(samples).set_index("question_id")
     csv_path, _, column = ("", "", field) if field in table else field.rpartition(":")
     if csv_path:
         table = read_table(Path(csv_path)).reindex(table.index)
-    if column not in table:
-        raise InspectError(f"--color-by {field}: no such column; there is {list(table)}")
+    if column not in table or table[column].isna().all():
+        raise InspectError(f"--color-by {field}: no values in {csv_path or 'the samples'} for that")
     values = table[column].replace("", np.nan).reset_index(drop=True)
-    if values.isna().all():
-        raise InspectError(f"--color-by {field}: there is no value for any of the samples")
     numbers = pd.to_numeric(values, errors="coerce").replace([np.inf, -np.inf], np.nan)
     is_number = numbers.notna().sum() == values.notna().sum() and numbers.nunique() > 2
-    return numbers.astype(float) if is_number else values.astype(str).where(values.notna())
+    return numbers.astype(float) if is_number else values.astype(object)
 
 
-def plot(path: Path, samples: pd.DataFrame, vectors: dict[str, int], field: str) -> str:
-    """Draw the principal components, a panel for each data set; says what was drawn."""
+def plot(path: Path, samples: pd.DataFrame, total: int, vectors: dict, field: str) -> str:
+    """Plot these of `total` samples on their principal components, a panel for each data set."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -467,43 +435,44 @@ def plot(path: Path, samples: pd.DataFrame, vectors: dict[str, int], field: str)
     if len(samples) < 3:
         raise InspectError(f"a plot needs 3 samples; there are {len(samples)}")
     values = color_values(samples, field)
-    is_number = pd.api.types.is_numeric_dtype(values)
+    is_number = pd.api.types.is_float_dtype(values)
     counts = values.value_counts()[: 0 if is_number else len(COLORS)]
     rest = values.isna() if is_number else ~values.isin(counts.index)
-    names = sorted(vectors, key=lambda name: name == VISION)  # it has no layers, so it comes last
+    names = sorted(vectors, key=lambda name: name == VISION)  # it has no layers: last
     num_layers = len({name.partition("/")[2] for name in names if name != VISION})
     columns = num_layers if 2 < num_layers < 8 else int(np.ceil(np.sqrt(len(names))))
     rows = -(-len(names) // columns)
-    figure = Figure((2.5 * columns + 2, 2.6 * rows + 0.4), layout="constrained", dpi=150)
+    figure = Figure((2.5 * columns + 2, 2.6 * rows + 0.5), layout="constrained", dpi=150)
+    figure.suptitle(
+        f"Principal components 1 and 2\n{len(samples):,} of {total:,} samples", fontsize=9
+    )
     style = {"s": 16, "linewidths": 0.3, "edgecolors": "#333333", "alpha": 0.85}
     for k, name in enumerate(names, start=1):
-        points, shares = principal_components(read_matrix(samples, name, vectors[name]))
+        matrix, handles = read_matrix(samples, name, vectors[name]), {}
+        if not np.isfinite(matrix).all():
+            raise InspectError(f"{name} is not finite everywhere; see --verify")
+        points, shares = principal_components(matrix)
         axes = figure.add_subplot(rows, columns, k, xticks=[], yticks=[])
-        axes.set_title(
-            f"{name.replace('/', chr(10))}: {shares[0]:.1%}, {shares[1]:.1%}", fontsize=8
-        )
-        handles, labels = [], []
-        for value, color, marker in zip(counts.index, COLORS, MARKERS):
-            at = points[values == value]
-            handles.append(axes.scatter(*at.T, color=color, marker=marker, **style))
-            labels.append(f"{one_line(value, 24)} ({len(at):,})")
+        title = f"{name}/{shares[0]:.1%} + {shares[1]:.1%} of variance"
+        axes.set_title(title.replace("/", "\n"), fontsize=8)
         if is_number:
             scale = axes.scatter(*points[~rest].T, c=values[~rest], cmap="viridis", **style)
+        for value, color, marker in zip(counts.index, COLORS, MARKERS):
+            mark = style | {"color": color, "marker": marker}
+            label = f"{one_line(value, 24)} ({counts[value]:,})"
+            handles[label] = axes.scatter(*points[values == value].T, **mark)
         if rest.any():
-            handles.append(axes.scatter(*points[rest].T, color=GREY, s=8, zorder=0))
-            labels.append(f"{'no value' if is_number else 'the rest'} ({rest.sum():,})")
-    title = f"{len(samples):,} samples: PC 1 and PC 2, with their shares of the variance"
-    figure.suptitle(title, fontsize=10)
+            label = f"{'no value' if is_number else 'all others'} ({rest.sum():,})"
+            handles[label] = axes.scatter(*points[rest].T, color=GREY, s=8, zorder=0)
+    keys = figure.legend(handles.values(), handles, loc="outside right upper", fontsize=8)
+    keys.set(title=one_line(Path(field).name, 30), visible=bool(handles), in_layout=bool(handles))
+    for text in (*keys.get_texts(), keys.get_title()):
+        text.set_parse_math(False)
     if is_number:
-        figure.colorbar(scale, ax=figure.axes, label=one_line(field, 40), shrink=0.6)
-    if handles:
-        legend = figure.legend(handles, labels, loc="outside right upper", fontsize=8, title=field)
-        for text in (*legend.get_texts(), legend.get_title()):
-            text.set_parse_math(False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # the font has not every script
-        figure.savefig(path)
-    return f"{path}: {len(names)} panels of {len(samples):,} samples"
+        figure.colorbar(scale, ax=figure.axes, label=one_line(Path(field).name, 40), shrink=0.6)
+    warnings.filterwarnings("ignore", "Glyph")  # the font has not every script
+    figure.savefig(path)
+    return f"{path}: {len(names)} panels of {len(samples):,} of {total:,} samples"
 
 
 # ───────────────────────────────────────── command line ────────────────────────────────────────
@@ -511,104 +480,79 @@ def plot(path: Path, samples: pd.DataFrame, vectors: dict[str, int], field: str)
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; ends the process with status 2 if it makes no sense."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add, modes = parser.add_argument, parser.add_mutually_exclusive_group()
     add("paths", nargs="+", type=Path, metavar="PATH", help="part file, or directory of them")
-    add("--max-samples", type=int, default=3, metavar="N", help="samples shown (default: 3)")
-    add("--all", action="store_true", help="figures of all samples, not of 1,000 drawn ones")
-    add("--json", action="store_true", help="the view as JSON")
-    modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--question-id", action="append", metavar="ID", help="view this; repeatable")
     modes.add_argument("--verify", action="store_true", help="look for all that can be wrong")
     modes.add_argument("--export", type=Path, metavar="FILE", help=".npz, or .csv for texts alone")
-    modes.add_argument("--plot", type=Path, metavar="FILE", help="two principal components: .png")
-    add("--vqa-dataset", type=Path, metavar="CSV", help="--verify: compare with what was asked")
-    add("--representation", choices=(VISION, *KINDS), help="--export, --plot: this alone")
-    add("--layer", type=int, metavar="I", help="--export, --plot: this layer alone")
-    add(
-        "--color-by",
-        metavar="FIELD|CSV:COLUMN",
-        help="--plot: a text, an attribute, a CSV's column",
-    )
+    modes.add_argument("--plot", type=Path, metavar="FILE", help=".png, .pdf or .svg")
+    add("--max-samples", type=int, default=3, metavar="N", help="samples to view (default: 3)")
+    add("--all", action="store_true", help="view: figures of all samples, not of 1,000")
+    add("--json", action="store_true", help="view: for programs")
+    add("--vqa-dataset", type=Path, metavar="CSV", help="verify: compare with this table")
+    add("--representation", choices=(VISION, *KINDS), help="view, export, plot: only this one")
+    add("--layer", type=int, metavar="I", help="view, export, plot: only this one")
+    add("--color-by", metavar="WHAT", help="plot: ground_truth_answer, answer, ... or CSV:COLUMN")
     args = parser.parse_args(argv)
-    has_matrices = args.plot or (args.export and args.export.suffix == ".npz")
     is_view = not (args.verify or args.export or args.plot)
-    for flags, is_given, fits in (
-        ("--vqa-dataset", args.vqa_dataset, args.verify),
-        ("--representation", args.representation, has_matrices),
-        ("--layer", args.layer is not None, has_matrices),
-        ("--color-by", args.color_by, args.plot),
-        ("--all", args.all, is_view),
-        ("--json", args.json, is_view),
-        ("--max-samples below 0", args.max_samples < 0, False),
-        (
-            "--export other than .npz and .csv",
-            args.export,
-            str(args.export).endswith((".npz", ".csv")),
-        ),
-        (
-            "--plot other than .png, .pdf and .svg",
-            args.plot,
-            str(args.plot).endswith((".png", ".pdf", ".svg")),
-        ),
-    ):
-        if is_given and not fits:
-            parser.error(f"{flags} does not go with the rest")
+    for flags, is_wrong in {
+        "--max-samples below 0": args.max_samples < 0,
+        "--all or --json without a view": (args.all or args.json) and not is_view,
+        "--representation with --verify": args.verify and args.representation,
+        "--layer with --verify": args.verify and args.layer is not None,
+        "--vqa-dataset without --verify": args.vqa_dataset and not args.verify,
+        "--color-by without --plot": args.color_by and not args.plot,
+        "--export of that type": args.export and args.export.suffix not in (".npz", ".csv"),
+        "--plot of that type": args.plot and args.plot.suffix not in (".png", ".pdf", ".svg"),
+    }.items():
+        if is_wrong:
+            parser.error(f"{flags} makes no sense")
     return args
 
 
 def run(args: argparse.Namespace) -> str:
-    """What the command line asks for, but --verify, as text. Raises InspectError or OSError."""
-    runs, samples = open_run(args.paths)
-    vectors = choose_vectors(runs.iloc[0], args.representation, args.layer)
+    """What is to be printed, of everything but --verify. Raises InspectError or OSError."""
+    parts, samples = open_run(args.paths)
+    vectors = choose_vectors(next(iter(parts.values())), args.representation, args.layer)
     if args.export:
         return export(args.export, samples, vectors)
-    drawn = samples.sample(
-        min(len(samples), NUM_PLOTTED if args.plot else NUM_SUMMARISED), random_state=0
-    ).sort_index()
+    drawn = samples.sample(min(len(samples), NUM_DRAWN), random_state=0).sort_index()
     if args.plot:
-        return plot(args.plot, drawn, vectors, args.color_by or "ground_truth_answer")
-    drawn, shown = samples if args.all else drawn, samples.head(args.max_samples)
+        return plot(args.plot, drawn, len(samples), vectors, args.color_by or TEXTS[-1])
+    drawn, shown = samples if args.all else drawn, samples[: args.max_samples]
     if args.question_id:
         ids = samples["name"].map(unquote)
-        for question_id in set(args.question_id) - set(ids):
-            near = difflib.get_close_matches(question_id, ids, cutoff=0.3) or list(ids[:3])
-            raise InspectError(
-                f"no question_id {question_id!r}; there is {', '.join(map(repr, near))}"
-            )
+        for unknown in set(args.question_id) - set(ids):
+            near = difflib.get_close_matches(unknown, ids, cutoff=0.3) or ids[:3]
+            raise InspectError(f"no question_id {unknown!r}; near it: {', '.join(map(repr, near))}")
         drawn = shown = samples[ids.isin(args.question_id)]
-    facts = describe(runs, samples, drawn, shown)
+    facts = describe(parts, samples, drawn, shown, vectors)
     if args.json:
-        return json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False, default=str)
-    return show(facts, sys.maxsize if args.question_id else 57)
+        return json.dumps(facts, ensure_ascii=False, allow_nan=False, indent=1, default=str)
+    return show(facts, width=sys.maxsize if args.question_id else 58)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line's entry; the exit status."""
-    args = parse(argv)
+    args, findings, stored = parse(argv), {}, {}
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has not every script
     try:
         if not args.verify:
             print(run(args))
             return 0
-        findings, count = verify(args.paths, args.vqa_dataset)
+        for path, problem, who in verify(args.paths, args.vqa_dataset, stored):
+            findings.setdefault((path, problem), []).append(who)
     except (InspectError, OSError) as error:
-        print(one_line(error, 1000), file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         return 1
     for (path, problem), ids in findings.items():
-        who = (
-            f" ({len(ids):,}: {', '.join(map(repr, ids[:3]))}{', ...' * (len(ids) > 3)})"
-            if ids
-            else ""
-        )
-        print(one_line(f"{path}: {problem}{who}", 1000))
+        some = ", ".join(map(repr, ids[:3])) + ", ..." * (len(ids) > 3)
+        print(one_line(f"{path}: {problem}" + f" ({len(ids):,}: {some})" * (ids[0] is not None)))
     if not findings:
-        print(f"{count:,} samples, nothing wrong")
-    return 1 if findings else 0
+        print(f"nothing wrong with {len(stored):,} samples")
+    return bool(findings)
 
 
 if __name__ == "__main__":

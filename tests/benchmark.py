@@ -12,13 +12,15 @@ size), images read and parts written included; its columns say how many times as
 
 and where its time goes: waiting for images, in the model, waiting for the writer; beside it the
 share of the time that the threads for images and files were busy. Medians of `--pairs` pairs.
-On a card also the arithmetic done, as a fraction of the card's own matmul rate.
+On a card also the arithmetic that sharing leaves, as a fraction of the card's own matmul rate, and
+the card's idle time between batches.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import statistics
 import tempfile
@@ -221,13 +223,21 @@ def measure_shares():
         "(files)": (script.Recorder, "_record"),
     }
     originals = {name: getattr(*place) for name, place in steps.items()}
+    events: list[torch.cuda.Event] = []
+
+    def mark(name) -> None:
+        if name == "model" and torch.cuda.is_available():
+            events.append(torch.cuda.Event(enable_timing=True))
+            events[-1].record()
 
     def wrap(name):
         def timed(*args, **kwargs):
             start = time.perf_counter()
+            mark(name)
             try:
                 return originals[name](*args, **kwargs)
             finally:
+                mark(name)
                 seconds[name] = seconds.get(name, 0) + time.perf_counter() - start
 
         return timed
@@ -239,6 +249,10 @@ def measure_shares():
     finally:
         for name, (owner, attribute) in steps.items():
             setattr(owner, attribute, originals[name])
+    if events:
+        torch.cuda.synchronize()
+        gaps = zip(events[1:-1:2], events[2::2])
+        seconds["idle"] = sum(end.elapsed_time(start) for end, start in gaps) / 1e3
 
 
 def synchronise(device: torch.device) -> None:
@@ -262,11 +276,7 @@ def matmul_rate(device: torch.device, size: int = 8192) -> float:
 def count_flop(model, prompts: script.Prompts, rows: list[script.Row]) -> float:
     """What sharing leaves to do: each image's tower and shared tokens once, each question's own."""
     vision = model.config.vision_config
-    tower = (
-        model.model.vision_tower.vision_model
-        if hasattr(model.model.vision_tower, "vision_model")
-        else model.model.vision_tower
-    )
+    tower = model.model.vision_tower
     num_patches = (vision.image_size // vision.patch_size) ** 2
     per_image = 2 * num_patches * sum(p.numel() for p in tower.encoder.parameters())
     per_image += 4 * num_patches**2 * vision.hidden_size * vision.num_hidden_layers
@@ -280,82 +290,94 @@ def count_flop(model, prompts: script.Prompts, rows: list[script.Row]) -> float:
     return len(by_image) * per_image + tokens * per_token
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+    def numbers(text: str) -> list[int]:
+        return [int(number) for number in text.split(",")]
+
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--batch-sizes", default="1,16")
-    parser.add_argument("--answers", default="0,16", help="answer tokens")
-    parser.add_argument("--questions", default="1,10", help="questions an image")
-    parser.add_argument("--images", type=int, default=5, help="images a run of ours")
-    parser.add_argument("--rows", type=int, default=3, help="rows a run of the others")
+    parser.add_argument("--batch-sizes", type=numbers, default=[1, 16])
+    parser.add_argument("--answers", type=numbers, default=[0, 16], help="answer tokens")
+    parser.add_argument("--questions", type=numbers, default=[1, 10], help="questions an image")
+    parser.add_argument(
+        "--rows", type=int, default=40, help="rows of ours; a quarter for 1 an image"
+    )
+    parser.add_argument("--plain-rows", type=int, default=3, help="rows of the others")
     parser.add_argument("--pairs", type=int, default=3)
-    args = parser.parse_args()
-    logging.disable(logging.WARNING)
+    return parser.parse_args()
 
+
+def choose_rows(args: argparse.Namespace, questions: int) -> list[script.Row]:
+    """What ours runs: as many images as make `--rows`."""
+    return make_rows(args.rows // (questions if questions > 1 else 4), questions)[1]
+
+
+def measure(args: argparse.Namespace, bench: Bench) -> dict[tuple, dict[str, list]]:
+    """Ratios, shares and seconds a row of every case, a list with one entry a pair."""
+    _, sample = make_rows(args.plain_rows, 1)
+    for way in (bench.forward, bench.hidden, bench.three):
+        bench.time_rows(way, sample[:1], 1)
+    bench.time_ours(sample, 1, 2)
+    found: dict[tuple, dict[str, list]] = {}
+    for _ in range(args.pairs):
+        for answers in args.answers:
+            slow = [bench.time_rows(way, sample, answers) for way in (bench.hidden, bench.three)]
+            for questions, batch_size in itertools.product(args.questions, args.batch_sizes):
+                plain = [bench.time_rows(bench.forward, sample, answers), *slow]
+                rows = choose_rows(args, questions)
+                ours, shares = bench.time_ours(rows, answers, batch_size)
+                case = found.setdefault((questions, answers, batch_size), {})
+                case.setdefault("ratios", []).append([other / ours for other in plain])
+                case.setdefault("shares", []).append(shares)
+                case.setdefault("seconds", []).append(ours)
+    return found
+
+
+def report(args: argparse.Namespace, bench: Bench, found: dict[tuple, dict[str, list]]) -> None:
+    """Print the table."""
+    median = statistics.median
+    print(f"{args.size}, {args.device.type}, {bench.model.dtype}, medians of {args.pairs} pairs")
+    print("questions answer batch |   times as fast as    |  share of the time        threads")
+    print(" an image tokens  size | forward hidden  three | images model recorder  images files")
+    for (questions, answers, batch_size), case in sorted(found.items()):
+        ratios = [median(column) for column in zip(*case["ratios"])]
+        share = {k: median(shares[k] for shares in case["shares"]) for k in case["shares"][0]}
+        waiting = 1 - share["model"] - share["recorder"]
+        print(
+            f"{questions:>9} {answers:>6} {batch_size:>5} | {ratios[0]:>7.2f} {ratios[1]:>6.2f} "
+            f"{ratios[2]:>6.2f} | {waiting:>6.0%} {share['model']:>5.0%} {share['recorder']:>8.0%} "
+            f" {share['(images)']:>6.0%} {share['(files)']:>5.0%}"
+        )
+    print(f"peak memory {script.peak_memory(args.device)}")
+    if args.device.type != "cuda":
+        return
+    rate, prompts = matmul_rate(args.device), script.Prompts(bench.processor)
+    for (questions, answers, batch_size), case in sorted(found.items()):
+        rows = choose_rows(args, questions)
+        flop = count_flop(bench.model, prompts, rows) / len(rows)
+        idle = median(shares["idle"] for shares in case["shares"])
+        print(
+            f"questions {questions}, answer {answers}, batch {batch_size}: idle between batches "
+            f"{idle:.1%}, {flop / median(case['seconds']) / rate:.0%} of {rate / 1e12:.0f} TFLOP/s"
+            + (" (answers not counted)" if answers else "")
+        )
+
+
+def main() -> None:
+    args = parse_args()
+    logging.disable(logging.WARNING)
     dtype = torch.float32 if args.device.type == "cpu" else torch.bfloat16
-    images_dir, sample = make_rows(args.rows, 1)
     bench = Bench(
         make_model(args.size, args.device, dtype),
         AutoProcessor.from_pretrained(MODEL, backend="pil"),
         args.device,
-        images_dir,
+        images_dir=make_rows(1, 1)[0],
     )
-    numbers = [[int(n) for n in text.split(",")] for text in (args.questions, args.answers)]
-    cases = [
-        (questions, answers, batch_size)
-        for questions in numbers[0]
-        for answers in numbers[1]
-        for batch_size in map(int, args.batch_sizes.split(","))
-    ]
-    ways = [bench.forward, bench.hidden, bench.three]
-    for way in ways:
-        bench.time_rows(way, sample[:1], 1)
-    bench.time_ours(sample, 1, 2)
-
-    ratios: dict[tuple, list] = {case: [] for case in cases}
-    shares: dict[tuple, list] = {case: [] for case in cases}
-    seconds: dict[tuple, list] = {case: [] for case in cases}
-    for _ in range(args.pairs):
-        for answers in numbers[1]:
-            baseline = [bench.time_rows(way, sample, answers) for way in ways]
-            for case in (case for case in cases if case[1] == answers):
-                num_images = args.images if case[0] > 1 else 2 * args.images
-                _, rows = make_rows(num_images, case[0])
-                ours, share = bench.time_ours(rows, answers, case[2])
-                ratios[case].append([other / ours for other in baseline])
-                shares[case].append(share)
-                seconds[case].append(ours)
-
-    print(f"{args.size}, {args.device.type}, {dtype}, medians of {args.pairs} pairs")
-    print("questions answer batch |   times as fast as    | share of the time        threads")
-    print(
-        " an image tokens  size | forward hidden  three | images model recorder  (images) (files)"
-    )
-    for case in cases:
-        middle = [statistics.median(column) for column in zip(*ratios[case])]
-        share = {k: statistics.median(s.get(k, 0) for s in shares[case]) for k in shares[case][0]}
-        images = 1 - share["model"] - share["recorder"]
-        print(
-            f"{case[0]:>9} {case[1]:>6} {case[2]:>5} | {middle[0]:>7.2f} {middle[1]:>6.2f} "
-            f"{middle[2]:>6.2f} | {images:>6.0%} {share['model']:>5.0%} {share['recorder']:>8.0%}  "
-            f"{share['(images)']:>8.0%} {share['(files)']:>7.0%}"
-        )
-    options = argparse.Namespace(test=False)
-    print(f"peak memory {script.peak_memory(args.device)}")
-    if args.device.type == "cuda":
-        rate, prompts = matmul_rate(args.device), script.Prompts(bench.processor)
-        for case in (case for case in cases if case[1] == 0):
-            num_images = args.images if case[0] > 1 else 2 * args.images
-            _, rows = make_rows(num_images, case[0])
-            done = count_flop(bench.model, prompts, rows) / len(rows)
-            reached = done / statistics.median(seconds[case]) / rate
-            print(
-                f"questions {case[0]}, batch {case[2]}: {reached:.0%} of {rate / 1e12:.0f} TFLOP/s"
-            )
-    del options
+    report(args, bench, measure(args, bench))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,566 @@
+"""inspect_h5.py: its figures against plain NumPy, what it finds, and what it refuses."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import CSV, IMAGES, MODEL, ROOT
+from make_large_parts import write_parts
+
+import inspect_h5
+
+LAYERS = (0, 2, 4, 6, 7)
+KINDS = ("vision_token_representation", "query_token_representation", "multimodal_representation")
+NAMES = ["vision_representation", *(f"{kind}/layer_{i}" for kind in KINDS for i in LAYERS)]
+QUERY = "query_token_representation/layer_4"
+PART = "gemma3_12b_embeddings_part_{:03d}.h5"
+
+
+@pytest.fixture(scope="session")
+def run_dir(tmp_path_factory):
+    """What the extractor leaves of 12 rows about 3 images, and one whose image is missing."""
+    directory = tmp_path_factory.mktemp("inspect")
+    with open(CSV, encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    rows = [row for row in rows if row[1] in ("circle.png", "tall.jpeg", "grey.png")]
+    with open(directory / "vqa.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows, ["gone", "gone.png", "where?", "nowhere"]])
+    flags = ["--vqa-dataset", directory / "vqa.csv", "--images-dir", IMAGES, "--model", MODEL]
+    flags += ["--output-dir", directory / "output", "--device", "cpu", "--dtype", "float32"]
+    flags += ["--checkpoint-interval", "5", "--max-new-tokens", "2", "--batch-size", "8"]
+    command = [sys.executable, ROOT / "run_gemma3_extraction.py", *flags]
+    done = subprocess.run([str(x) for x in command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 3, done.stderr
+    return directory
+
+
+@pytest.fixture
+def output(run_dir, tmp_path):
+    """A copy to destroy."""
+    return shutil.copytree(run_dir / "output", tmp_path / "output")
+
+
+def stored(directory):
+    """Every sample as h5py gives it, in the documented order."""
+    samples = []
+    for path in sorted(directory.glob("*.h5")):
+        with h5py.File(path) as file:
+            groups = sorted(file.values(), key=lambda group: group.attrs["row"])
+            for group in groups:
+                texts = {n: group[n].asstr()[()] for n in inspect_h5.TEXTS}
+                vectors = {n: group[n][()] for n in NAMES}
+                samples.append({**texts, **vectors, "question_id": group.attrs["question_id"]})
+    return samples
+
+
+def call(capsys, *args):
+    """Status, stdout and stderr of a command line."""
+    try:
+        status = inspect_h5.main([str(arg) for arg in args])
+    except SystemExit as end:
+        status = end.code
+    return status, *capsys.readouterr()
+
+
+# The view
+
+
+def by_hand(matrix):
+    matrix = matrix.astype(np.float64)
+    norms = np.linalg.norm(matrix, axis=1)
+    cosines = (matrix @ matrix.T / np.outer(norms, norms))[np.triu_indices(len(matrix), 1)]
+    return norms.mean(), norms.std(), np.abs(matrix).max(), 0, cosines.mean()
+
+
+def test_figures_are_those_of_plain_numpy(run_dir, capsys):
+    _, out, _ = call(capsys, run_dir / "output", "--json")
+    figures, samples = json.loads(out)["figures"], stored(run_dir / "output")
+    assert list(figures) == NAMES
+    for name, (dim, *values) in ((name, row.values()) for name, row in figures.items()):
+        matrix = np.stack([sample[name] for sample in samples])
+        assert dim == matrix.shape[1]
+        np.testing.assert_allclose(values, by_hand(matrix), rtol=1e-5)
+
+
+def test_the_table_shows_the_figures(run_dir, capsys):
+    _, out, _ = call(capsys, run_dir / "output")
+    figures = json.loads(call(capsys, run_dir / "output", "--json")[1])["figures"]
+    lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
+    table = out[out.index("mean L2") :].splitlines()
+    for name, row in figures.items():
+        cells = next(line.split()[1:] for line in table if line.startswith(name))
+        shown = [float(cell.rstrip("%")) for cell in cells]
+        np.testing.assert_allclose(shown, list(row.values()), rtol=1e-3, atol=1e-3)
+    assert lines["layers"] == ["0,", "2,", "4,", "6,", "7"]
+
+
+def test_figures_leave_out_what_is_not_finite():
+    matrix = np.random.default_rng(1).standard_normal((9, 8)).astype(np.float32)
+    matrix[2, 3], matrix[4, :2], matrix[5] = np.inf, np.nan, 0
+    finite = matrix[[0, 1, 3, 6, 7, 8]]
+    figures = inspect_h5.summarise(matrix)
+    assert figures["nonfinite_share"] == pytest.approx(3 / 72)
+    assert figures["max_abs"] == np.abs(matrix[np.isfinite(matrix)]).max()
+    assert figures["mean_cosine"] == pytest.approx(by_hand(finite)[-1], rel=1e-5)
+    assert figures["norm_mean"] == pytest.approx(by_hand(finite)[0] * 6 / 7)  # and the zero vector
+
+
+def test_one_vector_has_no_cosine():
+    assert inspect_h5.summarise(np.ones((1, 4), np.float32))["mean_cosine"] is None
+
+
+def test_the_view_says_what_was_run(run_dir, capsys):
+    status, out, err = call(capsys, run_dir / "output", "--max-samples", "100")
+    assert (status, err) == (0, "")
+    assert "parts: 3, samples: 12, failed: 1" in out
+    for text in (
+        "float32 [32]",
+        "-> vision_representation",
+        "кириллица/日本",
+        "図形は何色ですか？",
+    ):
+        assert text in out
+    assert all(sum(1 + (ord(c) > 0x2E7F) for c in line) <= 80 for line in out.splitlines()[2:])
+
+
+def test_json_says_the_same(run_dir, capsys):
+    facts = json.loads(call(capsys, run_dir / "output", "--json", "--max-samples", "12")[1])
+    samples = stored(run_dir / "output")
+    assert (facts["num_samples"], facts["num_failed"], len(facts["files"])) == (12, 1, 3)
+    assert facts["settings"]["layers"] == list(LAYERS)
+    assert [s["question_id"] for s in facts["samples"]] == [s["question_id"] for s in samples]
+    assert facts["sample"][QUERY] == "float32 [32]"
+
+
+def test_json_has_no_nan(output, capsys):
+    with h5py.File(output / PART.format(1), "r+") as file:
+        file["000"][QUERY][...] = np.nan
+    facts = json.loads(
+        call(capsys, output / PART.format(1), "--json")[1], parse_constant=pytest.fail
+    )
+    assert facts["figures"][QUERY]["nonfinite_share"] == pytest.approx(0.2)
+
+
+def test_a_layer_alone(run_dir, capsys):
+    facts = json.loads(call(capsys, run_dir / "output", "--json", "--layer", "4")[1])
+    assert list(facts["figures"]) == [f"{kind}/layer_4" for kind in KINDS]
+
+
+def test_a_sample_of_many_is_drawn_unless_all(run_dir, capsys, monkeypatch):
+    monkeypatch.setattr(inspect_h5, "NUM_DRAWN", 4)
+    assert "figures of 4 samples (drawn at random" in call(capsys, run_dir / "output")[1]
+    assert "figures of 12 samples\n" in call(capsys, run_dir / "output", "--all")[1]
+
+
+def test_types_in_the_file_are_named(tmp_path, capsys):
+    bfloat16 = h5py.h5t.IEEE_F32LE.copy()
+    bfloat16.set_fields(15, 7, 8, 0, 7)
+    bfloat16.set_size(2)
+    bfloat16.set_ebias(127)
+    with h5py.File(tmp_path / "types.h5", "w") as file:
+        space = h5py.h5s.create_simple((4,))
+        h5py.h5d.create(file.id, b"a", bfloat16, space).write(space, space, np.ones(4, np.float32))
+        file.create_dataset("b", data=np.ones(4, np.float16), compression="gzip")
+    with h5py.File(tmp_path / "types.h5") as file:
+        tree = inspect_h5.describe_sample(file)
+        out = np.empty((1, 4), np.float32)
+        assert inspect_h5.read_vectors(file, ["."], "a", out) == {}
+    assert tree == {"a": "bfloat16 [4]", "b": "float16 [4] gzip"}
+    assert (out == 1).all()
+
+
+@pytest.mark.parametrize("question_id", ["кириллица/日本", "..", "50%/a", "000"])
+def test_one_sample_by_its_own_id(run_dir, capsys, question_id):
+    sample = next(s for s in stored(run_dir / "output") if s["question_id"] == question_id)
+    out = call(capsys, run_dir / "output", "--question-id", question_id, "--json")[1]
+    facts = json.loads(out)
+    assert [s["question"] for s in facts["samples"]] == [sample["question"]]
+    norm = np.linalg.norm(sample[QUERY])
+    assert facts["figures"][QUERY]["norm_mean"] == pytest.approx(norm, rel=1e-5)
+
+
+def test_several_ids_and_whole_texts(run_dir, capsys):
+    out = call(capsys, run_dir / "output", "--question-id", "000", "--question-id", "016")[1]
+    assert "\n000  circle.png" in out
+    assert "how many shapes\\nare there,\\nand where?" in out
+    assert "query_token_pos     273" in out
+
+
+def test_an_unknown_id_suggests_the_nearest(run_dir, capsys):
+    status, out, err = call(capsys, run_dir / "output", "--question-id", "50%25/a")
+    assert (status, out) == (1, "")
+    assert "'50%/a'" in err
+
+
+# --verify
+
+
+def edit(change):
+    """A defect within the first part."""
+
+    def plant(output):
+        with h5py.File(output / PART.format(1), "r+") as file:
+            change(file)
+
+    return plant
+
+
+def put(file, name, value):
+    file[name][...] = value
+
+
+def all_equal(file):
+    for group in file.values():
+        group[QUERY][...] = np.arange(32)
+
+
+def reshape(file):
+    del file["000"][QUERY]
+    file["000"][QUERY] = np.arange(31, dtype=np.float32)
+
+
+def copy_to_part_2(output):
+    with h5py.File(output / PART.format(1)) as one, h5py.File(output / PART.format(2), "r+") as two:
+        one.copy("000", two)
+        two.attrs["num_samples"] = len(two)
+
+
+def truncate(output):
+    path = output / PART.format(2)
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+DEFECTS = {
+    "a vector": (edit(lambda f: f["000"].__delitem__(QUERY)), f"{QUERY}: .*'000'"),
+    "a text": (edit(lambda f: f["000"].__delitem__("answer")), "'answer' doesn't exist.*'000'"),
+    "the link": (edit(lambda f: f["000"].__delitem__("vision_only_representation")), "is missing"),
+    "an attribute": (edit(lambda f: f["000"].attrs.__delitem__("row")), "row is missing.*'000'"),
+    "inf": (edit(lambda f: put(f, f"000/{QUERY}", [np.inf] + [0] * 31)), "not finite .1: '000'"),
+    "nan": (edit(lambda f: put(f, f"000/{QUERY}", [np.nan] + [0] * 31)), "not finite .1: '000'"),
+    "a constant": (edit(lambda f: put(f, f"000/{QUERY}", 1)), "only one value .1: '000'"),
+    "all the same": (edit(all_equal), f"{QUERY} is the same in all"),
+    "a shape": (edit(reshape), f"{QUERY}: .*'000'"),
+    "a setting": (edit(lambda f: f.attrs.__setitem__("dtype", "bfloat16")), "dtype is"),
+    "the layers": (edit(lambda f: f.attrs.__setitem__("layers", [0, 2])), "layers is"),
+    "the count": (edit(lambda f: f.attrs.__setitem__("num_samples", 9)), "num_samples is 9"),
+    "another id": (edit(lambda f: f["000"].attrs.__setitem__("question_id", "x")), "called.*'x'"),
+    "no group": (edit(lambda f: f.__setitem__("zz", 1)), "'zz'"),
+    "an id twice": (copy_to_part_2, "there twice.*'000'"),
+    "a gap": (lambda output: (output / PART.format(2)).unlink(), "part 2 is missing"),
+    "a first part": (lambda output: (output / PART.format(1)).unlink(), "part 1 is missing"),
+    "half a part": (truncate, "part_002.h5: cannot be read: .*truncated"),
+}
+
+
+def test_verify_finds_nothing_in_sound_parts(run_dir, capsys):
+    assert call(capsys, run_dir / "output", "--verify")[::2] == (0, "")
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_verify_finds(output, capsys, defect):
+    plant, finding = DEFECTS[defect]
+    plant(output)
+    status, out, err = call(capsys, output, "--verify")
+    assert (status, err) == (1, "")
+    assert re.search(finding, out)
+    assert len(out.splitlines()) <= 3
+
+
+def test_vision_may_be_the_same_where_the_image_is(output, capsys):
+    with h5py.File(output / PART.format(1), "r+") as file:
+        for group in file.values():
+            del group["image_id"]
+            group.create_dataset("image_id", data="one.png", dtype=h5py.string_dtype())
+            group["vision_representation"][...] = np.arange(24)
+    assert call(capsys, output / PART.format(1), "--verify")[0] == 0
+
+
+def test_verify_compares_with_the_csv(run_dir, tmp_path, capsys):
+    table = pd.read_csv(run_dir / "vqa.csv", dtype=str, keep_default_na=False)
+    table.loc[0, "question"], table.loc[1, "answer"], table.loc[2, "image_id"] = "a", "b", "c"
+    table.drop(index=3).to_csv(tmp_path / "other.csv", index=False, encoding="utf-8-sig")
+    _, out, _ = call(
+        capsys, run_dir / "output", "--verify", "--vqa-dataset", tmp_path / "other.csv"
+    )
+    ids, lines = list(table["question_id"]), out.splitlines()
+    expected = {"question is": ids[0], "ground_truth_answer is": ids[1], "image_id is": ids[2]}
+    expected |= {"not in the parts": "gone", "but not here": ids[3]}
+    assert len(lines) == 5
+    for problem, question_id in expected.items():
+        assert any(problem in line and f"(1: {question_id!r})" in line for line in lines)
+
+
+def test_the_csv_may_use_other_names(run_dir, tmp_path, capsys):
+    table = pd.read_csv(run_dir / "vqa.csv", dtype=str, keep_default_na=False)[:-1]
+    table = table.rename(columns={"image_id": "image_name", "answer": "gt_answer"})
+    table.to_csv(tmp_path / "other.csv", index=False)
+    args = (run_dir / "output", "--verify", "--vqa-dataset", tmp_path / "other.csv")
+    assert call(capsys, *args)[0] == 0
+
+
+# --export and load_embeddings
+
+
+def test_npz_holds_everything_in_one_order(run_dir, tmp_path, capsys):
+    status, out, _ = call(capsys, run_dir / "output", "--export", tmp_path / "all.npz")
+    samples = stored(run_dir / "output")
+    with np.load(tmp_path / "all.npz", allow_pickle=False) as file:
+        assert set(file) == {*NAMES, *inspect_h5.TEXTS, "question_id"}
+        for name in file:
+            np.testing.assert_array_equal(file[name], [sample[name] for sample in samples])
+    assert status == 0
+    assert f"{QUERY}    float32 [12, 32]" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--layer", "4"], [f"{kind}/layer_4" for kind in KINDS]),
+        (["--representation", KINDS[1]], [f"{KINDS[1]}/layer_{i}" for i in LAYERS]),
+        (["--representation", "vision_representation"], ["vision_representation"]),
+        (["--representation", KINDS[1], "--layer", "4"], [QUERY]),
+    ],
+)
+def test_npz_of_what_is_chosen(run_dir, tmp_path, capsys, flags, names):
+    call(capsys, run_dir / "output", "--export", tmp_path / "some.npz", *flags)
+    with np.load(tmp_path / "some.npz") as file:
+        assert set(file) == {*names, *inspect_h5.TEXTS, "question_id"}
+
+
+def test_csv_holds_the_texts(run_dir, tmp_path, capsys):
+    call(capsys, run_dir / "output", "--export", tmp_path / "texts.csv")
+    table = pd.read_csv(tmp_path / "texts.csv", dtype=str, keep_default_na=False)
+    samples = stored(run_dir / "output")
+    assert table.to_dict("records") == [{n: s[n] for n in table} for s in samples]
+    assert set(table) == {*inspect_h5.TEXTS, "question_id"}
+
+
+def test_parts_of_two_runs_are_not_mixed(output, tmp_path, capsys):
+    with h5py.File(output / PART.format(2), "r+") as file:
+        file.attrs["model_name"] = "another"
+    status, _, err = call(capsys, output, "--export", tmp_path / "x.npz")
+    assert (status, len(err.splitlines())) == (1, 1)
+    assert "model_name is 'another'" in err
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_a_broken_vector_leaves_no_half_file(output, tmp_path, capsys):
+    with h5py.File(output / PART.format(2), "r+") as file:
+        del next(iter(file.values()))[QUERY]
+    assert call(capsys, output, "--export", tmp_path / "x.npz")[0] == 1
+    assert not list(tmp_path.glob("x*"))
+
+
+@pytest.mark.parametrize(("kind", "layer"), [(KINDS[1], 4), ("vision_representation", None)])
+def test_load_embeddings(run_dir, kind, layer):
+    table, matrix = inspect_h5.load_embeddings(run_dir / "output", kind, layer)
+    samples, name = stored(run_dir / "output"), kind if layer is None else f"{kind}/layer_{layer}"
+    np.testing.assert_array_equal(matrix, [sample[name] for sample in samples])
+    for text in ("question_id", *inspect_h5.TEXTS):
+        assert list(table[text]) == [sample[text] for sample in samples]
+    assert set(inspect_h5.COUNTS) < set(table)
+    assert table["answer_truncated"].dtype == bool
+
+
+def test_load_embeddings_of_files_in_their_order(run_dir):
+    paths = [str(run_dir / "output" / PART.format(k)) for k in (2, 1, 2)]
+    table, matrix = inspect_h5.load_embeddings(paths, KINDS[0], 0)
+    assert matrix.shape == (10, 32)
+    assert list(table["question_id"][5:]) == [
+        s["question_id"] for s in stored(run_dir / "output")[:5]
+    ]
+
+
+@pytest.mark.parametrize(("kind", "layer"), [(KINDS[1], 5), (KINDS[1], None), ("nothing", None)])
+def test_load_embeddings_refuses(run_dir, kind, layer):
+    with pytest.raises(inspect_h5.InspectError):
+        inspect_h5.load_embeddings(run_dir / "output", kind, layer)
+
+
+# --plot
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (3, 5)])
+def test_principal_components_are_those_of_the_svd(shape):
+    matrix = np.random.default_rng(2).standard_normal(shape).astype(np.float32) + 5
+    points, shares = inspect_h5.principal_components(matrix)
+    u, s, _ = np.linalg.svd(matrix.astype(float) - matrix.mean(axis=0, dtype=float))
+    np.testing.assert_allclose(np.abs(points), np.abs(u[:, :2] * s[:2]), atol=1e-5)
+    np.testing.assert_allclose(shares, (s**2 / np.sum(s**2))[:2], rtol=1e-5)
+
+
+def test_vectors_that_are_all_the_same_have_no_components():
+    points, shares = inspect_h5.principal_components(np.ones((4, 6), np.float32))
+    assert not points.any()
+    assert not shares.any()
+
+
+@pytest.mark.parametrize(
+    ("flags", "panels"),
+    [
+        ([], 16),
+        (["--layer", "4"], 3),
+        (["--color-by", "answer", "--representation", "vision_representation"], 1),
+        (["--color-by", "row"], 16),
+    ],
+)
+def test_plot_draws_a_panel_for_each(run_dir, tmp_path, capsys, flags, panels):
+    status, out, err = call(capsys, run_dir / "output", "--plot", tmp_path / "x.png", *flags)
+    assert (status, err) == (0, "")
+    assert f"{panels} panels of 12 of 12 samples" in out
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def samples_of(output):
+    return inspect_h5.open_run(output)[1]
+
+
+def test_colours_by_a_column_of_a_csv(run_dir, tmp_path):
+    texts = {s["question_id"]: s for s in stored(run_dir / "output")}
+    ids = list(texts)[::-1]
+    column = pd.Series(range(10), ids[:10], dtype=float)
+    path = tmp_path / "scores.csv"
+    column.rename_axis("question_id").rename("score").to_csv(path, encoding="utf-8-sig")
+    values = inspect_h5.color_values(samples_of(run_dir / "output"), f"{path}:score")
+    np.testing.assert_array_equal(values, column.reindex(list(texts)))
+
+
+def test_colours_of_two_numbers_are_categories(run_dir, tmp_path):
+    ids = [s["question_id"] for s in stored(run_dir / "output")]
+    labels = pd.DataFrame({"question_id": ids, "label": ["0", "1"] * 5 + ["", ""]})
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    values = inspect_h5.color_values(samples_of(run_dir / "output"), f"{tmp_path}/labels.csv:label")
+    assert list(values[:10]) == ["0", "1"] * 5
+    assert pd.isna(values.iloc[-1])
+
+
+def test_colours_by_text_keep_none_and_numbers(run_dir):
+    values = inspect_h5.color_values(samples_of(run_dir / "output"), "ground_truth_answer")
+    texts = [s["ground_truth_answer"] for s in stored(run_dir / "output")]
+    assert list(values.fillna("")) == texts
+    assert {"None", "007", "nan"} <= set(values)
+
+
+# What is refused
+
+
+@pytest.fixture
+def bad_paths(tmp_path, output):
+    (tmp_path / "empty.h5").touch()
+    (tmp_path / "text.h5").write_text("no HDF5")
+    with h5py.File(tmp_path / "foreign.h5", "w") as file:
+        file["x"] = np.arange(3)
+    (tmp_path / "half.h5").write_bytes((output / PART.format(1)).read_bytes()[:9000])
+    shutil.copy(IMAGES / "circle.png", tmp_path / "image.png")
+    (tmp_path / "no_parts").mkdir()
+    return tmp_path
+
+
+BAD = ["empty.h5", "text.h5", "foreign.h5", "half.h5", "image.png", "no_parts", "missing.h5"]
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("flags", [[], ["--json"], ["--export", "x.npz"], ["--plot", "x.png"]])
+def test_bad_input_is_one_line(bad_paths, capsys, name, flags):
+    status, out, err = call(capsys, bad_paths / name, *flags)
+    assert (status, out, len(err.splitlines())) == (1, "", 1)
+    assert name in err
+
+
+def test_a_layer_that_is_not_stored_is_one_line(run_dir, tmp_path, capsys):
+    args = (run_dir / "output", "--export", tmp_path / "x.npz", "--layer", "5")
+    status, out, err = call(capsys, *args)
+    assert (status, out, len(err.splitlines())) == (1, "", 1)
+    assert "layer_4" in err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--vqa-dataset", CSV],
+        ["--color-by", "answer"],
+        ["--export", "x.txt"],
+        ["--plot", "x.gif"],
+        ["--verify", "--plot", "x.png"],
+        ["--verify", "--json"],
+        ["--verify", "--layer", "4"],
+        ["--max-samples", "-1"],
+    ],
+)
+def test_wrong_usage_is_status_2(run_dir, capsys, flags):
+    status, out, err = call(capsys, run_dir / "output", *flags)
+    assert (status, out) == (2, "")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("field", ["nothing", "missing.csv:label", f"{CSV}:nothing"])
+def test_colours_that_are_not_there(run_dir, tmp_path, capsys, field):
+    args = (run_dir / "output", "--plot", tmp_path / "x.png", "--color-by", field)
+    status, _, err = call(capsys, *args)
+    assert (status, len(err.splitlines())) == (1, 1)
+
+
+def test_without_matplotlib_it_says_what_to_install(run_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    status, _, err = call(capsys, run_dir / "output", "--plot", tmp_path / "x.png")
+    assert status == 1
+    assert "pip install matplotlib" in err
+
+
+def test_a_closed_pipe_is_no_error(run_dir):
+    command = f"{sys.executable} {ROOT}/inspect_h5.py {run_dir}/output | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (len(done.stdout.splitlines()), done.stderr) == (1, "")
+
+
+def test_a_terminal_without_unicode(run_dir):
+    command = [sys.executable, ROOT / "inspect_h5.py", run_dir / "output", "--max-samples", "12"]
+    env = {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=env)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_part_without_samples(output, capsys):
+    with h5py.File(output / PART.format(1), "r+") as file:
+        file.clear()
+        file.attrs["num_samples"] = 0
+    assert call(capsys, output / PART.format(1))[0] == 0
+    assert call(capsys, output, "--verify")[0] == 0
+
+
+# Readers of others, and sizes
+
+
+def test_halp_probe_scripts_can_read_the_parts(run_dir):
+    num_samples = 0
+    for path in sorted((run_dir / "output").glob("*.h5")):
+        with h5py.File(path, "r") as file:
+            for question_id in file.keys():  # noqa: SIM118
+                sample = file[question_id]
+                assert sample["vision_only_representation"][:].shape == (24,)
+                for layer in LAYERS:
+                    assert sample["vision_token_representation"][f"layer_{layer}"][:].shape == (32,)
+                    assert sample[f"query_token_representation/layer_{layer}"][:].shape == (32,)
+                num_samples += 1
+    assert num_samples == 12
+
+
+def test_synthetic_parts_are_like_the_real_ones(run_dir, tmp_path, capsys):
+    write_parts(tmp_path / "large", 12, [0, 12, 24, 36, 47], interval=7)
+    assert call(capsys, tmp_path / "large", "--verify")[::2] == (0, "")
+    real, synthetic = (
+        h5py.File(directory / PART.format(1))
+        for directory in (run_dir / "output", tmp_path / "large")
+    )
+    with real, synthetic:
+        assert set(real.attrs) == set(synthetic.attrs)
+        one, other = (next(iter(file.values())) for file in (real, synthetic))
+        assert set(one) == set(other)
+        assert set(one.attrs) == set(other.attrs)
