@@ -1800,7 +1800,7 @@ def report_test(run: Run, extractor: Extractor, rows: list[Row]) -> bool:
         f"soft tokens {prompts.soft_start} to {prompts.soft_stop - 1}, vision token "
         f"{prompts.soft_stop - 1}, query tokens {ends}": all(n > prompts.soft_stop for n in ends),
         f"without the image mask soft tokens change by {effect:.1e}": effect > 10 * eps,
-        f"plain forward passes give the same within {error:.1e} of {bound:g}": error <= bound,
+        f"plain forward passes give the same: error {error:.1e}, bound {bound:g}": error <= bound,
         "all states are finite": all(c.is_finite for c in compared),
     }
     for what, is_well in checks.items():

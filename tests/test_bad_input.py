@@ -1,9 +1,12 @@
-"""What a hostile user, a careless one and a bad disk can put in: told, survived, never a traceback."""
+"""Bad rows, tables, models, directories and parts: told, survived, never a traceback."""
 
+import contextlib
 import csv
 import json
+import logging
 import os
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -46,24 +49,44 @@ def write_csv(path, rows, header=HEADER):
 
 
 def command_line(csv_path, output_dir, *flags, images_dir=IMAGES):
-    flags = ["--vqa-dataset", csv_path, "--images-dir", images_dir, "--output-dir", output_dir] + [
+    flags = [
+        *("--vqa-dataset", csv_path, "--images-dir", images_dir, "--output-dir", output_dir),
         *("--model", MODEL, "--device", "cpu", "--dtype", "float32", "--max-new-tokens", "2"),
         *flags,
     ]
     return [str(flag) for flag in flags]
 
 
+@contextlib.contextmanager
+def no_hang(seconds=90):
+    """A thread that died while another waits for it is a failure, not the end of the suite."""
+
+    def alarm(*_):
+        raise TimeoutError("the program hangs")
+
+    before = signal.signal(signal.SIGALRM, alarm)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again, should it hang on the way out
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 @pytest.fixture
-def run(tmp_path, capsys):
+def run(tmp_path, capsys, monkeypatch):
     """Run the program in this process on `rows`, by default good ones: its status and stderr."""
+    # transformers' logger holds the stderr of the first test that came along.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
 
     def run_in_process(*flags, rows=GOOD, images_dir=IMAGES):
         csv_path = write_csv(tmp_path / "rows.csv", rows)
         arguments = command_line(csv_path, tmp_path / "out", *flags, images_dir=images_dir)
-        try:
-            status = script.main(arguments)
-        except SystemExit as error:
-            status = error.code
+        with no_hang():
+            try:
+                status = script.main(arguments)
+            except SystemExit as error:
+                status = error.code
         return status, capsys.readouterr().err
 
     return run_in_process
@@ -102,7 +125,10 @@ def write_black_png(path, width, height):
     content = b"".join(pixels.compress(line) for _ in range(height)) + pixels.flush()
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + block(b"IHDR", header) + block(b"IDAT", content) + block(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + block(b"IHDR", header)
+        + block(b"IDAT", content)
+        + block(b"IEND", b"")
     )
 
 
@@ -137,7 +163,9 @@ def images_dir(tmp_path_factory):
     write_black_png(images / "large.png", 10_000, 10_000)
     write_broken_exif(images / "exif.jpg")
     (images / "broken.avif").write_bytes(b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + bytes(40))
-    (images / "broken.dds").write_bytes(struct.pack("<4s6I", b"DDS ", 124, 7, 9, 9, 0, 0).ljust(99, b"\0") + bytes(99))
+    (images / "broken.dds").write_bytes(
+        struct.pack("<4s4I", b"DDS ", 124, 7, 9, 9).ljust(200, b"\0")
+    )
     return images
 
 
@@ -175,9 +203,8 @@ BAD_ROWS = {  # question_id: image_id, question, what the error must hold
 }
 
 
-def broken_images(images_dir):
-    """A picture that opens but for its EXIF block may be read or refused: never the end."""
-    return [("broken exif", "exif.jpg", Q, "red")]
+# A picture that is whole but for its EXIF block may be read or refused, but never end the run.
+BROKEN_EXIF = ("broken exif", "exif.jpg", Q, "red")
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +212,7 @@ def bad_rows_run(images_dir, tmp_path_factory):
     """One run over all bad rows and the good ones between them: its result and its directory."""
     root = tmp_path_factory.mktemp("bad_rows")
     bad = [(name, image_id, question, "") for name, (image_id, question, _) in BAD_ROWS.items()]
-    rows = [*GOOD[:1], *bad[:12], *GOOD[1:3], *broken_images(images_dir), *bad[12:], *GOOD[3:]]
+    rows = [*GOOD[:1], *bad[:12], *GOOD[1:3], BROKEN_EXIF, *bad[12:], *GOOD[3:]]
     arguments = command_line(
         write_csv(root / "rows.csv", rows),
         root / "out",
@@ -422,7 +449,7 @@ def test_cuda_without_cuda(device, run, no_model):
     assert_refused(*run("--device", device), f"--device {device}", "--device cpu")
 
 
-@pytest.mark.parametrize("device", ["gpu", "tpu:0", "cpu:x", "meta"])
+@pytest.mark.parametrize("device", ["gpu", "tpu:0", "cpu:x"])
 def test_device_that_does_not_exist(device, run, no_model):
     assert_refused(*run("--device", device), f"--device {device}")
 
@@ -569,9 +596,7 @@ def test_failed_row_is_tried_again_and_the_list_shrinks(run, out, images_dir, tm
     shutil.copy(IMAGES / "grey.png", images / "late.png")
     status, stderr = run(rows=rows, images_dir=images)
     assert status == 3
-    assert stderr.splitlines()[-1].startswith(
-        "Extracted 1 of 4 samples (1 failed, 2 already done)"
-    )
+    assert stderr.splitlines()[-1].startswith("Extracted 1 of 4 samples (1 failed, 2 already done)")
     assert failed(out).keys() == {"bad 2"}
     shutil.copy(IMAGES / "grey.png", images / "never.png")
     assert run(rows=rows, images_dir=images)[0] == 0
@@ -645,9 +670,9 @@ def test_other_settings_are_refused_with_both_values(name, run, done, no_model):
 def test_other_model_prompt_and_revision_are_refused(run, done, no_model, tmp_path):
     model = copy_model(tmp_path)
     template = model / "chat_template.jinja"
-    template.write_text(template.read_text().replace("user", "person"))
+    template.write_text(template.read_text() + "Well,")
     status, stderr = run("--model", model)
-    assert_refused(status, stderr, "model_name was", str(MODEL), str(model), "prompt was", "person")
+    assert_refused(status, stderr, "model_name was", str(MODEL), str(model), "prompt was", "Well,")
 
 
 @pytest.mark.parametrize(
@@ -811,8 +836,9 @@ def test_damaged_part_is_set_aside_and_computed_again(damage, run, done):
 
 def test_part_that_somebody_has_open_is_not_damaged(run, done, no_model):
     """HDF5 locks what a notebook opened for writing; that is no reason to set the part aside."""
+    code = f"import h5py; f = h5py.File({str(done / PART)!r}, 'a'); print(1, flush=True); input()"
     holder = subprocess.Popen(
-        [sys.executable, "-c", f"import h5py\nf = h5py.File({str(done / PART)!r}, 'a')\nprint(1, flush=True)\ninput()"],
+        [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
