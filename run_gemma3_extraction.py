@@ -68,6 +68,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 # ────────────────────────────────────────── constants ──────────────────────────────────────────
 
 SCHEMA_VERSION = 1
+SAMPLE_ATTRIBUTES = {
+    *("question_id", "row", "num_prompt_tokens", "vision_token_pos", "query_token_pos"),
+    *("num_answer_tokens", "answer_truncated"),
+}
 PART_NAME = "gemma3_12b_embeddings_part_{:03d}.h5"
 FAILED_NAME = "failed_samples.csv"
 OUR_FILES = re.compile(
@@ -87,7 +91,6 @@ IDENTITY = (
     *("model_name", "model_revision", "dtype", "layers", "max_new_tokens", "prompt"),
     *("checkpoint_interval", "storage_dtype"),
 )
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 MAX_FAILED_IMAGES = 25  # different images in a row: then something is wrong with all of them
 MAX_PADDING = 0.125  # of a forward pass; images of too different lengths go in passes of their own
 CACHE_ROOM = 32  # slots that a key/value buffer grows by
@@ -207,7 +210,10 @@ def read_rows(csv_path: Path) -> list[Row]:
         raise ExtractionError(
             f"{csv_path} is not UTF-8: {error.reason}; save it as UTF-8"
         ) from error
-    except (OSError, csv.Error) as error:
+    except csv.Error as error:
+        where = f"{csv_path}, line {reader.line_num}"
+        raise ExtractionError(f"{where}: {error}; check the quotes there") from error
+    except OSError as error:
         raise ExtractionError(f"cannot read {csv_path}: {error}") from error
     if len(table) < 2:
         raise ExtractionError(f"{csv_path} has no rows; expected a header and a line a question")
@@ -275,7 +281,7 @@ def open_image(images_dir: Path, image_id: str) -> Image.Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError as error:
         raise RowError(f"{path} does not exist") from error
-    except IMAGE_ERRORS as error:
+    except Exception as error:  # Pillow's decoders let anything through: struct.error, TypeError …
         raise RowError(f"{path} cannot be read as an image: {error}") from error
 
 
@@ -322,6 +328,8 @@ class Prompts:
         self._special = {token_id for token_id, token in added if token.special}
         self._lock = threading.Lock()  # a fast tokenizer must not serve two threads at once
         plain = self._encode("?")
+        if self.tokenizer.unk_token_id in plain:
+            raise ValueError("its tokenizer knows no words: tokenizer.json is missing")
         self._plain_special = [token for token in plain if token in self._special]
         if plain.count(self.tokenizer.bos_token_id) != 1:
             raise ExtractionError("the chat template does not give exactly one <bos>")
@@ -844,11 +852,13 @@ def explain_load_errors(model: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ExtractionError(
-            f"cannot load {model}: {reason} | a gated model: accept its licence at "
-            f"https://huggingface.co/{model} and run `hf auth login`; "
-            "a downloaded one: --model DIR, with config.json and *.safetensors"
-        ) from error
+        advice = "the directory must hold the whole model, its weights as *.safetensors"
+        if not Path(model).is_dir():
+            advice = (
+                f"if it is gated, accept its licence at https://huggingface.co/{model} and run "
+                "`hf auth login`; a model that is here already: --model DIR"
+            )
+        raise ExtractionError(f"cannot load {model}: {reason} | {advice}") from error
 
 
 def load_processor(options: Options):
@@ -860,6 +870,8 @@ def load_processor(options: Options):
         config = AutoConfig.from_pretrained(options.model, **where)
         if config.model_type != "gemma3":
             raise ValueError(f"its type is {config.model_type}; expected gemma3 (4B, 12B or 27B)")
+        if Path(options.model).is_dir() and not list(Path(options.model).glob("*.safetensors")):
+            raise ValueError("it has no *.safetensors")
         # With torchvision's back end pixels differ by 1/255 in places; Pillow is always there.
         return config, AutoProcessor.from_pretrained(options.model, **where, backend="pil")
 
@@ -931,7 +943,7 @@ def describe_run(options: Options, config, prompts: Prompts, rows: list[Row], de
 
     decoder = config.text_config
     return {
-        "model_name": options.model,
+        "model_name": str(Path(options.model)) if Path(options.model).exists() else options.model,
         "model_type": name_model_type(config),
         "model_revision": find_revision(options.model, config),
         "device": options.device_map or str(device),
@@ -965,7 +977,7 @@ def part_path(output_dir: Path, number: int) -> Path:
 
 def find_parts(output_dir: Path) -> list[Path]:
     """The finished parts."""
-    return sorted(output_dir.glob(PART_NAME.replace("{:03d}", "[0-9]*")))
+    return sorted(p for p in output_dir.glob("*.h5") if OUR_FILES.fullmatch(p.name))
 
 
 def group_name(question_id: str) -> str:
@@ -1012,6 +1024,39 @@ def bytes_per_sample(shapes: dict[str, int], storage_dtype: str) -> int:
     return sum(shapes[name] * sizes[name] for name in shapes) + SAMPLE_OVERHEAD
 
 
+class Sink(io.FileIO):
+    """A file for HDF5, which crashes when a write fails: keeps the error, and goes on as if."""
+
+    error: OSError | None = None
+
+    def write(self, content) -> int:
+        """All of it, or nothing ever again."""
+        rest = memoryview(content)
+        with self._keep_error():
+            while self.error is None and rest:
+                rest = rest[super().write(rest) :]
+        return len(content)
+
+    def truncate(self, size: int | None = None) -> int:
+        """As far as there is room."""
+        with self._keep_error():
+            if self.error is None:
+                super().truncate(size)
+        return size or 0
+
+    @contextlib.contextmanager
+    def _keep_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = error
+
+    def check(self) -> None:
+        """Raise what went wrong."""
+        if self.error is not None:
+            raise self.error
+
+
 class PartWriter:
     """Writes one part under another name, and renames it into place once it is safe on the disk.
 
@@ -1022,7 +1067,9 @@ class PartWriter:
         self.path = path
         self._partial = path.with_suffix(".partial")
         self._storage = (attributes["storage_dtype"], compression)
-        self._file = h5py.File(self._partial, "w")
+        self._sink = Sink(self._partial, "w+")
+        # HDF5 1.10's format: smaller, and with checksums over all but the vectors themselves.
+        self._file = h5py.File(self._sink, "w", libver=("v110", "v110"))
         self._file.attrs.update(attributes)
         if path.exists():
             with h5py.File(path) as finished:
@@ -1040,6 +1087,7 @@ class PartWriter:
             write_vector(group, name, vector, *self._storage)
         group["vision_only_representation"] = h5py.SoftLink(VISION)
         group.attrs.update({"question_id": row.question_id, "row": row.index, **attributes})
+        self._sink.check()
 
     def finish(self, is_attempted_whole: bool) -> None:
         """Close, sync, check and rename; nothing is left of a part that was only opened."""
@@ -1049,6 +1097,8 @@ class PartWriter:
         self._file.attrs["num_samples"] = count
         self._file.attrs["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
         self._file.close()
+        self._sink.check()
+        self._sink.close()
         sync(self._partial)
         with h5py.File(self._partial) as written:
             if len(written) != count:
@@ -1060,6 +1110,7 @@ class PartWriter:
         """Forget what was written since the part was opened."""
         with contextlib.suppress(OSError, RuntimeError):  # a full disk fails here once more
             self._file.close()
+        self._sink.close()
         self._partial.unlink(missing_ok=True)
 
 
@@ -1072,21 +1123,37 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def tell_damage(path: Path) -> Iterator[None]:
+    """Turn what h5py raises into DamagedPart, unless it is the system that denies the file."""
+    try:
+        yield
+    except (OSError, RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise ExtractionError(
+                f"{path} cannot be read: {error} | close the program that has it open"
+            ) from error
+        raise DamagedPart(str(error)) from error
+
+
+def read_attributes(path: Path) -> dict:
+    """A part's root attributes. Raises DamagedPart."""
+    with tell_damage(path), h5py.File(path) as file:
+        return {name: _plain(value) for name, value in file.attrs.items()}
+
+
 def read_part(path: Path, shapes: dict[str, int]) -> tuple[dict, dict[str, tuple[str, str, str]]]:
     """A finished part's attributes, and question, image_id and ground truth by question_id.
 
     Raises:
         DamagedPart: it does not open, or a sample is incomplete, misshapen or not finite.
     """
-    try:
-        with h5py.File(path) as file:
-            attributes = {name: _plain(value) for name, value in file.attrs.items()}
-            if attributes.get("num_samples") != len(file):
-                raise DamagedPart(f"{len(file)} samples; expected {attributes.get('num_samples')}")
-            groups = file.values()
-            return attributes, {g.attrs["question_id"]: _check_sample(g, shapes) for g in groups}
-    except (OSError, RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise DamagedPart(str(error)) from error
+    attributes = read_attributes(path)
+    with tell_damage(path), h5py.File(path) as file:
+        if attributes.get("num_samples") != len(file):
+            raise DamagedPart(f"{len(file)} samples; expected {attributes.get('num_samples')}")
+        groups = [file[name] for name in file]  # file.values() holds h5py's lock while it waits
+        return attributes, {g.attrs["question_id"]: _check_sample(g, shapes) for g in groups}
 
 
 def _plain(value):
@@ -1100,6 +1167,10 @@ def _check_sample(group: h5py.Group, shapes: dict[str, int]) -> tuple[str, str, 
         vector = group[name][()]
         if vector.shape != (width,) or not np.isfinite(vector).all():
             raise ValueError(f"{group.name}/{name} is misshapen or not finite")
+    if not np.array_equal(group["vision_only_representation"][()], group[VISION][()]):
+        raise ValueError(f"{group.name}/vision_only_representation is not {VISION}")
+    if absent := SAMPLE_ATTRIBUTES - group.attrs.keys():
+        raise ValueError(f"{group.name} lacks the attributes {sorted(absent)}")
     question, image_id, _, ground_truth = (group[name].asstr()[()] for name in TEXTS)
     return question, image_id, ground_truth
 
@@ -1124,10 +1195,12 @@ def scan_parts(
     by_id = {row.question_id: row for row in rows}
     for path in find_parts(output_dir):
         try:
-            with h5py.File(path) as file:
-                check_same("settings", path, dict(file.attrs), {k: settings[k] for k in IDENTITY})
+            attributes = read_attributes(path)
+            if absent := settings.keys() - attributes.keys():
+                raise DamagedPart(f"its attributes {sorted(absent)} are gone")
+            check_same("settings", path, attributes, {k: settings[k] for k in IDENTITY})
             _, texts = read_part(path, shapes)
-        except (DamagedPart, OSError) as error:
+        except DamagedPart as error:
             aside = path.with_suffix(f".damaged-{uuid.uuid4().hex[:8]}")
             os.replace(path, aside)
             log.warning("%s is damaged (%s): set aside as %s", path, error, aside.name)
@@ -1157,8 +1230,8 @@ def read_failures(output_dir: Path) -> dict[str, tuple[str, str]]:
     path = output_dir / FAILED_NAME
     if not path.exists():
         return {}
-    with open(path, encoding="utf-8", newline="") as file:
-        lines = list(csv.reader(file))[1:]
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        lines = list(csv.reader(file.read().splitlines(keepends=True)))[1:]
     return {line[0]: (line[1], line[2]) for line in lines if len(line) == 3}
 
 
@@ -1173,6 +1246,7 @@ def write_failures(output_dir: Path, failures: dict[str, tuple[str, str]]) -> No
         csv.writer(file).writerows([("question_id", "image_id", "error"), *lines])
     sync(partial)
     os.replace(partial, path)
+    sync(output_dir)
 
 
 def remove_files(output_dir: Path, everything: bool) -> None:
@@ -1314,7 +1388,10 @@ def open_output(options: Options, settings: dict, shapes: dict, rows: list[Row],
         else:
             stored = set().union(*map(stored_ids, find_parts(output_dir)))
     except OSError as error:
-        raise ExtractionError(f"--output-dir {output_dir}: {error.strerror or error}") from error
+        raise ExtractionError(
+            f"--output-dir {output_dir}: {error.strerror or error} "
+            "| choose a directory that can be written to"
+        ) from error
     parts = plan_parts(rows, options.checkpoint_interval)
     if options.test:
         first = set(rows[:NUM_TEST_ROWS])
@@ -1413,6 +1490,9 @@ def make_batches(images: Iterable[SharedImage], batch_size: int) -> Iterator[Bat
                 batch, room, start = Batch([], [], {}), batch_size, stop
         if stop > start:
             batch.chunks.append(Chunk(image, start, stop))
+        elif batch.rows and not batch.chunks:  # failures alone: to be told and counted now
+            yield batch
+            batch, room = Batch([], [], {}), batch_size
     if batch.rows:
         yield batch
 
@@ -1539,7 +1619,7 @@ class Recorder:
             step(*args)
         except ExtractionError as error:  # what was recorded before it is worth keeping
             self._error = error
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # else this thread ends, and the one that feeds it waits forever
             is_device = isinstance(error, torch.AcceleratorError)
             what = (
                 "the device failed" if is_device else f"writing to {self._run.options.output_dir}"
@@ -1654,6 +1734,8 @@ def summarise(run: Run, num_seconds: float) -> int:
         return stop.status
     if launch.rank != 0:
         return 0
+    if failed:
+        log.warning("what failed, and why: %s", run.options.output_dir / FAILED_NAME)
     # Processes of one launch do not start as one, and may find each other's samples there.
     already = work.num_stored if launch.world_size == 1 else work.num_rows - extracted - failed
     print(
@@ -1674,7 +1756,8 @@ def extract(options: Options) -> int:
     check_images(rows, options.images_dir)
     device = check_device(options.device)
     config, processor = load_processor(options)
-    prompts = Prompts(processor)
+    with explain_load_errors(options.model):
+        prompts = Prompts(processor)
     prepare = functools.partial(prepare_image, options=options, prompts=prompts, device=device)
     settings = describe_run(options, config, prompts, rows, device)
     shapes = state_shapes(config, settings["layers"])

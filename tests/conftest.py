@@ -8,12 +8,12 @@ from pathlib import Path
 
 import h5py
 import pytest
-import torch
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 sys.path[:0] = [str(ROOT), str(TESTS)]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tiny model's threads wait for each other
 
 MODEL = TESTS / "tiny_gemma3"
 CSV = TESTS / "data" / "vqa.csv"
@@ -33,6 +33,7 @@ def processor():
 
 @pytest.fixture(scope="session")
 def model():
+    import torch
     from transformers import AutoModelForImageTextToText
 
     return AutoModelForImageTextToText.from_pretrained(
@@ -74,7 +75,7 @@ def read_samples(output_dir):
     samples = {}
     for path in sorted(Path(output_dir).glob("*.h5")):
         with h5py.File(path) as file:
-            for group in file.values():
+            for group in [file[name] for name in file]:  # file.values() holds h5py's lock
                 sample = {"part": path.name, **group.attrs}
 
                 def read(name, item, sample=sample):

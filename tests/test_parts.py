@@ -16,6 +16,8 @@ SHAPES = {
     "multimodal_representation/layer_0": 32,
 }
 
+ATTRIBUTES = dict.fromkeys(script.SAMPLE_ATTRIBUTES - {"question_id", "row"}, 0)
+
 
 def make_states(seed=0, scale=1e5):
     """Vectors of the size that Gemma 3's residual stream reaches, which float16 does not hold."""
@@ -29,7 +31,7 @@ def make_states(seed=0, scale=1e5):
 def write_part(path, rows, compression="none", storage_dtype="float32"):
     writer = script.PartWriter(path, {"storage_dtype": storage_dtype}, compression)
     for row in rows:
-        writer.add(row, make_states(row.index), f"answer {row.index}", {"answer_truncated": False})
+        writer.add(row, make_states(row.index), f"answer {row.index}", ATTRIBUTES)
     writer.finish(is_attempted_whole=True)
 
 
