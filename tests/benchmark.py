@@ -304,10 +304,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--answers", type=numbers, default=[0, 16], help="answer tokens")
     parser.add_argument("--questions", type=numbers, default=[1, 10], help="questions an image")
     parser.add_argument(
-        "--rows", type=int, default=40, help="rows of ours; a quarter for 1 an image"
+        "--rows", type=int, default=20, help="rows of ours; a quarter for 1 an image"
     )
-    parser.add_argument("--plain-rows", type=int, default=3, help="rows of the others")
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--plain-rows", type=int, default=2, help="rows of the others")
+    parser.add_argument("--pairs", type=int, default=2)
     return parser.parse_args()
 
 
