@@ -1,7 +1,9 @@
 """What all tests share: the tiny checkpoint, the data, the script run as a person runs it."""
 
+import contextlib
 import csv
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +64,22 @@ def run_script(request):
         return subprocess.run([str(part) for part in command], **kwargs)
 
     return run
+
+
+@contextlib.contextmanager
+def no_hang(seconds=90):
+    """A thread that died while another waits for it is a failure, not the end of the suite."""
+
+    def alarm(*_):
+        raise TimeoutError("the program hangs")
+
+    before = signal.signal(signal.SIGALRM, alarm)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again, should it hang on the way out
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def read_csv(path=CSV):

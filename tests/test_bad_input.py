@@ -1,12 +1,10 @@
 """Bad rows, tables, models, directories and parts: told, survived, never a traceback."""
 
-import contextlib
 import csv
 import json
 import logging
 import os
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -18,7 +16,7 @@ from pathlib import Path
 import h5py
 import pytest
 import torch
-from conftest import CSV, IMAGES, MODEL, assert_same_samples, read_samples
+from conftest import CSV, IMAGES, MODEL, assert_same_samples, no_hang, read_samples
 from PIL import Image
 
 import run_gemma3_extraction as script
@@ -55,22 +53,6 @@ def command_line(csv_path, output_dir, *flags, images_dir=IMAGES):
         *flags,
     ]
     return [str(flag) for flag in flags]
-
-
-@contextlib.contextmanager
-def no_hang(seconds=90):
-    """A thread that died while another waits for it is a failure, not the end of the suite."""
-
-    def alarm(*_):
-        raise TimeoutError("the program hangs")
-
-    before = signal.signal(signal.SIGALRM, alarm)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again, should it hang on the way out
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_samples, read_samples
+from conftest import ROOT, assert_same_samples, no_hang, read_samples
 from fault_test import (
     PATIENCE,
     FaultTest,
@@ -134,22 +134,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def no_hang(seconds=90):
-    """A thread that died while another waits for it is a failure, not the end of the suite."""
-
-    def alarm(*_):
-        raise TimeoutError("the program hangs")
-
-    before = signal.signal(signal.SIGALRM, alarm)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again, should it hang on the way out
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture
