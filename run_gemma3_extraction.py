@@ -1545,7 +1545,7 @@ class Progress:
         self._launch = launch
         self._is_terminal = sys.stderr.isatty()
         self._last_line = time.monotonic()
-        file = sys.stderr if self._is_terminal else io.StringIO()
+        file = sys.stderr if self._is_terminal else open(os.devnull, "w")
         self.bar = tqdm(total=num_rows, initial=num_stored, unit=" samples", file=file, ncols=100)
 
     def update(self, num_extracted: int, num_failed: int) -> tuple[int, int]:
@@ -1556,7 +1556,6 @@ class Progress:
         self.bar.update(self.bar.initial + extracted + failed - self.bar.n)
         if not self._is_terminal and time.monotonic() - self._last_line > LINE_SECONDS:
             self._last_line = time.monotonic()
-            self.bar.fp.truncate(0)
             log.info("%s", self.bar)
         return extracted, failed
 
