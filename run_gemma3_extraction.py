@@ -28,13 +28,11 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
-import io
 import itertools
 import json
 import logging
 import os
 import platform
-import queue
 import re
 import resource
 import shutil
@@ -68,24 +66,24 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 # ────────────────────────────────────────── constants ──────────────────────────────────────────
 
 SCHEMA_VERSION = 1
-SAMPLE_ATTRIBUTES = {
-    *("question_id", "row", "num_prompt_tokens", "vision_token_pos", "query_token_pos"),
-    *("num_answer_tokens", "answer_truncated"),
-}
 PART_NAME = "gemma3_12b_embeddings_part_{:03d}.h5"
 FAILED_NAME = "failed_samples.csv"
 OUR_FILES = re.compile(
     r"gemma3_12b_embeddings_part_\d+\.(h5|partial|damaged-\w{8})|failed_samples\.(csv|partial)"
 )
-COLUMNS = {  # ours: what the CSV may call it
-    "question_id": ("question_id",),
-    "image_id": ("image_id", "image_name"),
-    "question": ("question",),
-    "answer": ("answer", "gt_answer"),
-}
+COLUMNS = (  # what the CSV may call each of ours
+    ("question_id",),
+    ("image_id", "image_name"),
+    ("question",),
+    ("answer", "gt_answer"),
+)
 TEXTS = ("question", "image_id", "answer", "ground_truth_answer")
 VISION, MEAN = "vision_representation", "multimodal_representation"  # means: always float32
 LAYER_KINDS = ("vision_token_representation", "query_token_representation", MEAN)
+SAMPLE_ATTRIBUTES = {
+    *("question_id", "row", "num_prompt_tokens", "vision_token_pos", "query_token_pos"),
+    *("num_answer_tokens", "answer_truncated"),
+}
 # What every stored vector depends on: no run goes on in a directory where these were others.
 IDENTITY = (
     *("model_name", "model_revision", "dtype", "layers", "max_new_tokens", "prompt"),
@@ -93,7 +91,6 @@ IDENTITY = (
 )
 MAX_FAILED_IMAGES = 25  # different images in a row: then something is wrong with all of them
 MAX_PADDING = 0.125  # of a forward pass; images of too different lengths go in passes of their own
-CACHE_ROOM = 32  # slots that a key/value buffer grows by
 SAMPLE_OVERHEAD = 12_288  # bytes that HDF5 takes for a sample's groups, names and texts
 LINE_SECONDS = 30  # between two lines of progress where there is no bar
 NUM_TEST_ROWS = 3
@@ -114,6 +111,69 @@ class DamagedPart(ValueError):
     """A part file that does not hold what it should; the message says what."""
 
 
+# ─────────────────────────────────────────── options ───────────────────────────────────────────
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number from `least`."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+
+    return number
+
+
+def layer_list(text: str) -> tuple[int, ...]:
+    """Comma-separated whole numbers."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def dtype_name(text: str) -> str:
+    """A type that holds Gemma 3's states."""
+    if text == "float16":
+        raise argparse.ArgumentTypeError("Gemma 3's states pass float16's 65504; use bfloat16")
+    return text
+
+
+def flag(text: str, default=dataclasses.MISSING, **kwargs):
+    """A field of `Options`: its help, its default, and what else argparse is to know."""
+    return field(default=default, metadata={"help": text, **kwargs})
+
+
+CSV, DIR = {"type": Path, "metavar": "CSV"}, {"type": Path, "metavar": "DIR"}
+LAYERS = {"type": layer_list, "metavar": "I,J"}
+COUNT, SWITCH = {"type": at_least(1), "metavar": "N"}, {"action": "store_true"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that the command line sets: a field is a flag."""
+
+    vqa_dataset: Path = flag("question_id, image_id|image_name, question, answer|gt_answer", **CSV)
+    images_dir: Path = flag("where image_id names a file", **DIR)
+    output_dir: Path = flag("where the part files go", Path("output"), **DIR)
+    model: str = flag("name on the Hugging Face hub, or local directory", "google/gemma-3-12b-it")
+    revision: str = flag("branch, tag or commit on the hub", "main")
+    cache_dir: Path = flag("where downloads are kept", Path("model_cache"), **DIR)
+    checkpoint_interval: int = flag("samples per part file", 1000, **COUNT)
+    test: bool = flag("first 3 rows, then checks, and time and disk for all", False, **SWITCH)
+    device: str = flag("cuda, cpu or any torch device", "cuda")
+    device_map: str | None = flag("auto spreads one model over several GPUs and the CPU", None)
+    dtype: str = flag("of the model", "bfloat16", type=dtype_name, choices=list(TEST_BOUNDS))
+    layers: tuple[int, ...] | None = flag(
+        "negative: from the end (default: first, quarters, last)", None, **LAYERS
+    )
+    batch_size: int = flag("questions per forward pass", 1, **COUNT)
+    max_new_tokens: int = flag("limit of an answer; 0: none", 200, type=at_least(0), metavar="N")
+    num_workers: int = flag("threads that prepare images beside the model", 2, **COUNT)
+    storage_dtype: str = flag("of the vectors", "float32", choices=list(TEST_BOUNDS))
+    compression: str = flag("of the vectors", "none", choices=["none", "gzip", "lzf"])
+    overwrite: bool = flag("start afresh: delete what this program wrote there", False, **SWITCH)
+    strict: bool = flag("stop at the first row that fails", False, **SWITCH)
+
+
 # ────────────────────────────────────────── what flows ─────────────────────────────────────────
 
 
@@ -128,67 +188,45 @@ class Row:
     ground_truth: str
 
 
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """One row, tokenised."""
+@dataclass(frozen=True)
+class Failure:
+    """A row that cannot be extracted, and why."""
 
     row: Row
-    input_ids: list[int]  # [T]
+    error: str
 
 
 @dataclass(eq=False)
 class SharedImage:
-    """An image and the rows about it. What their prompts have in common is run once."""
+    """An image. What the prompts about it have in common is run once, with the first of them."""
 
-    rows: list[Row]
-    failures: dict[str, str]  # question_id: why there is no prompt for it
-    prompts: list[Prompt]
-    num_shared: int = 0  # leading tokens that all prompts have in common, soft tokens included
-    pixel_values: Tensor | None = None  # [3, height, width]
-    # Left by the first pass, while there are prompts to come:
-    key_values: list[tuple[Tensor, Tensor]] | None = None  # a layer: [1, heads, shared, head_dim]
-    patches: Tensor | None = None  # [D_v], mean
-    soft: Tensor | None = None  # [layers, D], last image soft token
-    shared_sum: Tensor | None = None  # [layers, D], over the shared tokens
+    pixel_values: Tensor  # [3, height, width]
+    num_shared: int  # leading tokens that all its prompts have in common, soft tokens included
+    # Left by that pass: patches [D_v], mean; and of the layers asked for, [layers, D], the last
+    # image soft token and the sum over the shared tokens.
+    states: tuple[Tensor, Tensor, Tensor] | None = None
+    # While there are prompts to come, of every layer: [1, num_key_value_heads, shared, head_dim].
+    key_values: list[tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class Chunk:
-    """The prompts `start … stop - 1` of an image: what one batch takes of it."""
+class Prompt:
+    """One row as the model reads it."""
 
+    row: Row
+    input_ids: list[int]  # [T]
     image: SharedImage
-    start: int
-    stop: int
-
-    @property
-    def prompts(self) -> list[Prompt]:
-        """The prompts themselves."""
-        return self.image.prompts[self.start : self.stop]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens to run, what is shared counted once."""
-        shared = self.image.num_shared
-        return shared + sum(len(prompt.input_ids) - shared for prompt in self.prompts)
+    is_last: bool  # of those about its image
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
-    """Consecutive rows of the plan: those to run, and those that failed on the way here."""
+class Sample:
+    """What the model gives for a prompt; `states` may be read once `wait()` has returned."""
 
-    rows: list[Row]
-    chunks: list[Chunk]
-    failures: dict[str, str]  # question_id: error
-
-
-@dataclass(frozen=True, eq=False)
-class BatchResult:
-    """What the model gives for `prompts`; `states` may be read once `wait()` has returned."""
-
-    prompts: list[Prompt]
-    states: Tensor  # [prompts, sum of state_shapes()], float32, in host memory
-    answers: list[list[int]]  # token ids without the end token
-    truncated: list[bool]
+    prompt: Prompt
+    states: Tensor  # [sum of state_shapes()], float32, in host memory
+    answer: list[int]  # token ids without the end token
+    is_truncated: bool
     wait: Callable[[], None]
 
 
@@ -198,18 +236,15 @@ class BatchResult:
 def read_rows(csv_path: Path) -> list[Row]:
     """Every row of the CSV, text as it stands: `007`, `NA`, `None` and empty answers survive.
 
-    Raises:
-        ExtractionError: not UTF-8, not a table with the columns, an empty or repeated question_id.
+    Raises ExtractionError: not UTF-8, no table with the columns, an empty or repeated question_id.
     """
     csv.field_size_limit(sys.maxsize)
     try:
         with open(csv_path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
-            table = [(reader.line_num, line) for line in reader if line]
+            table = [(f"{csv_path}, line {reader.line_num}", line) for line in reader if line]
     except UnicodeDecodeError as error:
-        raise ExtractionError(
-            f"{csv_path} is not UTF-8: {error.reason}; save it as UTF-8"
-        ) from error
+        raise ExtractionError(f"{csv_path} is not UTF-8: {error.reason}; convert it") from error
     except csv.Error as error:
         where = f"{csv_path}, line {reader.line_num}"
         raise ExtractionError(f"{where}: {error}; check the quotes there") from error
@@ -218,10 +253,9 @@ def read_rows(csv_path: Path) -> list[Row]:
     if len(table) < 2:
         raise ExtractionError(f"{csv_path} has no rows; expected a header and a line a question")
     (_, header), *lines = table
-    places = [_find_column(csv_path, header, names) for names in COLUMNS.values()]
+    places = [_find_column(csv_path, header, names) for names in COLUMNS]
     rows: dict[str, Row] = {}
-    for index, (line_num, line) in enumerate(lines):
-        where = f"{csv_path}, line {line_num}"
+    for index, (where, line) in enumerate(lines):
         if len(line) != len(header):
             raise ExtractionError(f"{where}: {len(line)} fields; expected {len(header)}")
         row = Row(index, *(line[place] for place in places))
@@ -239,7 +273,7 @@ def _find_column(csv_path: Path, header: list[str], names: tuple[str, ...]) -> i
     for name in names:
         if header.count(name) == 1:
             return header.index(name)
-    problem = "twice" if any(name in header for name in names) else "not"
+    problem = "twice" if set(names) & set(header) else "not"
     raise ExtractionError(
         f"{csv_path}: column {' or '.join(names)} is {problem} there; its columns: {header}"
     )
@@ -247,9 +281,8 @@ def _find_column(csv_path: Path, header: list[str], names: tuple[str, ...]) -> i
 
 def hash_rows(rows: list[Row]) -> str:
     """sha256 over the four columns used."""
-    return hashlib.sha256(
-        json.dumps([dataclasses.astuple(row)[1:] for row in rows]).encode()
-    ).hexdigest()
+    texts = json.dumps([dataclasses.astuple(row)[1:] for row in rows])
+    return hashlib.sha256(texts.encode()).hexdigest()
 
 
 def plan_parts(rows: list[Row], interval: int) -> dict[int, list[Row]]:
@@ -287,20 +320,20 @@ def open_image(images_dir: Path, image_id: str) -> Image.Image:
 
 def check_images(rows: list[Row], images_dir: Path) -> None:
     """Say how many images are missing. Raises ExtractionError if all of them are."""
-    image_ids = dict.fromkeys(row.image_id for row in rows)
-    missing = []
-    for image_id in image_ids:
+    missing = {row.image_id: None for row in rows}
+    num_images = len(missing)
+    for image_id in list(missing):
         with contextlib.suppress(RowError, OSError):
             if image_path(images_dir, image_id).is_file():
-                continue
-        missing.append(image_id)
-    if len(missing) == len(image_ids):
+                del missing[image_id]
+    if len(missing) == num_images:
         raise ExtractionError(
-            f"--images-dir {images_dir}: none of the {len(missing)} images is there, not even "
-            f"{missing[0]!r} | image_id must be the file's name, extension included"
+            f"--images-dir {images_dir}: none of the {num_images} images is there, not even "
+            f"{next(iter(missing))!r} | image_id must be the file's name, extension included"
         )
     if missing:
-        log.warning("%d of %d images are missing: %r ...", len(missing), len(image_ids), missing[0])
+        first = next(iter(missing))
+        log.warning("%d of %d images are missing: %r ...", len(missing), num_images, first)
 
 
 # ──────────────────────────────────── prompts and positions ────────────────────────────────────
@@ -309,13 +342,19 @@ def check_images(rows: list[Row], images_dir: Path) -> None:
 def find_soft_tokens(input_ids: list[int], image_token_id: int, count: int) -> tuple[int, int]:
     """First position of the image's soft tokens, and the one after the last.
 
-    Raises:
-        RowError: they are not exactly one run of `count`.
+    Raises RowError: they are not exactly one run of `count`.
     """
     found = [pos for pos, token in enumerate(input_ids) if token == image_token_id]
     if len(found) != count or found[-1] - found[0] != count - 1:
         raise RowError(f"found {len(found)} image soft tokens; expected one run of {count}")
     return found[0], found[-1] + 1
+
+
+def count_shared(sequences: list[list[int]]) -> int:
+    """Leading tokens that all have in common; one at least, the last, stays each one's own."""
+    is_common = (len(set(tokens)) == 1 for tokens in zip(*sequences))
+    num_common = sum(itertools.takewhile(bool, is_common))
+    return min(num_common, *(len(input_ids) - 1 for input_ids in sequences))
 
 
 class Prompts:
@@ -350,37 +389,40 @@ class Prompts:
         with self._lock:
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def tokenize(self, row: Row) -> Prompt:
-        """The row's prompt. Raises RowError if the question is empty or holds special tokens."""
-        if not row.question.strip():
+    def tokenize(self, question: str) -> list[int]:
+        """`input_ids` [T]. Raises RowError if the question is empty or holds special tokens."""
+        if not question.strip():
             raise RowError("the question is empty")
-        input_ids = self._encode(row.question)
+        input_ids = self._encode(question)
         special = [token for token in input_ids if token in self._special]
         if special != self._plain_special:
             names = set(self.tokenizer.convert_ids_to_tokens(special))
-            held = [name for name in sorted(names) if name in row.question]
+            held = [name for name in sorted(names) if name in question]
             raise RowError(f"the question holds special tokens as text: {' '.join(held)}")
-        return Prompt(row, input_ids)
+        return input_ids
 
-    def share(self, rows: list[Row], load: Callable[[str], Tensor]) -> SharedImage:
-        """Tokenise the questions about one image, and `load` its pixels; failures row by row."""
-        failures: dict[str, str] = {}
-        prompts: list[Prompt] = []
+    def prepare(self, rows: list[Row], load: Callable[[str], Tensor]) -> list[Prompt | Failure]:
+        """Tokenise the rows about one image, and `load` its pixels [3, height, width]."""
+        sequences: dict[Row, list[int]] = {}
+        errors: dict[Row, str] = {}
         for row in rows:
             try:
-                prompts.append(self.tokenize(row))
+                sequences[row] = self.tokenize(row.question)
             except RowError as error:
-                failures[row.question_id] = str(error)
-        try:
-            pixel_values = load(rows[0].image_id) if prompts else None
-        except RowError as error:
-            return SharedImage(rows, {row.question_id: str(error) for row in rows} | failures, [])
-        sequences = [prompt.input_ids for prompt in prompts]
-        # At least one token, the last, stays each prompt's own.
-        is_common = (len(set(tokens)) == 1 for tokens in zip(*sequences))
-        num_common = sum(itertools.takewhile(bool, is_common))
-        num_shared = min([num_common, *(len(ids) - 1 for ids in sequences)])
-        return SharedImage(rows, failures, prompts, num_shared, pixel_values)
+                errors[row] = str(error)
+        image = last = None
+        if sequences:
+            try:
+                image = SharedImage(load(rows[0].image_id), count_shared([*sequences.values()]))
+            except RowError as error:
+                errors = {row: str(error) for row in sequences} | errors
+            last = [*sequences][-1]
+        return [
+            Failure(row, errors[row])
+            if row in errors
+            else Prompt(row, sequences[row], image, is_last=row is last)
+            for row in rows
+        ]
 
     def pixels(self, image: Image.Image) -> Tensor:
         """`pixel_values` of one image, [3, height, width], float32."""
@@ -394,55 +436,48 @@ class Prompts:
         return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
-SHARED, PADDING = 0, -1  # segments of a row that are not one of its questions 1, 2, …
-
-
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Which token stands where in one forward pass: a row an image, its questions one by one.
 
-    A token's place is (position in its own prompt, segment, whether it is an image soft token).
+    A token's place is (position in its own prompt; first and last question of the batch that it is
+    part of; whether it is an image soft token).
     """
 
     input_ids: Tensor  # [rows, length]
-    query: Tensor  # [rows, length, 3]: places of the tokens of this pass
-    key: Tensor  # [rows, past + length, 3]: of those run earlier, too
-    num_shared: list[int]  # a row: shared tokens in this pass
+    query: Tensor  # [rows, length, 4]: places of the tokens of this pass
+    key: Tensor  # [rows, past + length, 4]: of those run earlier, too
     spans: list[tuple[int, int, int]]  # a question: its row, and its own tokens start … stop - 1
-    slots: Tensor  # [questions, longest prompt]: where each prompt's keys are, 0 for padding
-    lengths: list[int]  # a question: T
 
 
-def lay_out(chunks: list[Chunk], image_token_id: int, is_prefix_run: bool) -> Layout:
-    """Put the questions of an image behind the tokens they share, each at its own positions.
+PADDING = (0, -1, -1, 0)  # a place that is part of no question
 
-    Where an earlier pass has run the shared tokens (`is_prefix_run`, one chunk), they stand before
-    this pass instead of in it.
+
+def lay_out(by_image: list[list[Prompt]], num_before: int, image_token_id: int) -> Layout:
+    """Put the questions about an image behind the tokens they share, each at its own positions.
+
+    Questions are counted from `num_before`. Where an earlier pass has run the shared tokens, they
+    stand before this pass instead of in it; that image must be the only one.
     """
-    input_ids, places, spans, slots, lengths = [], [], [], [], []
-    for row, chunk in enumerate(chunks):
-        shared = chunk.image.num_shared
-        num_past = shared if is_prefix_run else 0
-        ids = chunk.prompts[0].input_ids[num_past:shared]
-        place = [(pos, SHARED) for pos in range(num_past, shared)]
-        for segment, prompt in enumerate(chunk.prompts, start=1):
-            start, length = len(ids), len(prompt.input_ids)
-            ids = ids + prompt.input_ids[shared:]
-            place += [(pos, segment) for pos in range(shared, length)]
-            spans.append((row, start, len(ids)))
-            slots.append([*range(shared), *range(num_past + start, num_past + len(ids))])
-            lengths.append(length)
+    past, input_ids, places, spans = [], [], [], []
+    for row, prompts in enumerate(by_image):
+        image, first = prompts[0].image, num_before + len(spans)
+        last = first + len(prompts) - 1
+        ids = prompts[0].input_ids[: image.num_shared]
+        place = [(pos, first, last, token == image_token_id) for pos, token in enumerate(ids)]
+        if image.key_values is not None:
+            past, place, ids = [place], [], []
+        for question, prompt in enumerate(prompts, start=first):
+            own = prompt.input_ids[image.num_shared :]
+            spans.append((row, len(ids), len(ids) + len(own)))
+            ids = ids + own
+            positions = range(image.num_shared, len(prompt.input_ids))
+            place += [(pos, question, question, False) for pos in positions]
         input_ids.append(ids)
-        places.append(
-            [(*at, token == image_token_id) for at, token in zip(place, ids, strict=True)]
-        )
-    query = _pad(places, (0, PADDING, 0))
-    past = (
-        [[(pos, SHARED, 0) for pos in range(chunks[0].image.num_shared)]] if is_prefix_run else []
-    )
+        places.append(place)
+    query = _pad(places, PADDING)
     key = torch.cat([torch.tensor(past), query], dim=1) if past else query
-    num_shared = [0 if is_prefix_run else chunk.image.num_shared for chunk in chunks]
-    return Layout(_pad(input_ids, 0), query, key, num_shared, spans, _pad(slots, 0), lengths)
+    return Layout(_pad(input_ids, 0), query, key, spans)
 
 
 def _pad(rows: list[list], value) -> Tensor:
@@ -457,9 +492,9 @@ def attention_masks(query: Tensor, key: Tensor, window: int) -> dict[str, Tensor
     A token sees its own prompt up to itself, and the soft tokens of an image see each other in
     both directions; sliding layers see `window` positions back. As in `modeling_gemma3`.
     """
-    q_pos, q_segment, q_soft = query[:, :, None].unbind(-1)
-    k_pos, k_segment, k_soft = key[:, None].unbind(-1)
-    is_own = (k_segment == q_segment) | (k_segment == SHARED)
+    q_pos, question, _, q_soft = query[:, :, None].unbind(-1)
+    k_pos, first, last, k_soft = key[:, None].unbind(-1)
+    is_own = (first <= question) & (question <= last)
     visible = is_own & ((k_pos <= q_pos) | (q_soft & k_soft).bool())
     near = visible & (q_pos - k_pos < window)
     return {"full_attention": visible[:, None], "sliding_attention": near[:, None]}
@@ -472,8 +507,7 @@ def attention_masks(query: Tensor, key: Tensor, window: int) -> dict[str, Tensor
 def forward_hooks(hooks: list[tuple[nn.Module, Callable[[Tensor], None]]]) -> Iterator[None]:
     """Show each module's output to its observer; every hook is gone afterwards, come what may.
 
-    Raises:
-        ExtractionError: a module did not run exactly once.
+    Raises ExtractionError: a module did not run exactly once.
     """
     calls = [0] * len(hooks)
 
@@ -495,7 +529,8 @@ def forward_hooks(hooks: list[tuple[nn.Module, Callable[[Tensor], None]]]) -> It
 class Captured:
     """What the hooks keep of one pass: a few vectors a row or a question, never a sequence."""
 
-    layout: Layout
+    spans: list[tuple[int, int, int]]  # of `Layout`
+    num_shared: list[int]  # shared tokens of every row, where they are in this pass
     soft_pos: int  # last image soft token
     patches: Tensor | None = None  # [rows, D_v]
     soft: list[Tensor] = field(default_factory=list)  # a layer: [rows, D]
@@ -509,12 +544,12 @@ class Captured:
 
     def on_layer(self, hidden: Tensor) -> None:  # [rows, length, D]
         """Observe a decoder layer."""
-        own = [hidden[row, start:stop] for row, start, stop in self.layout.spans]
+        own = [hidden[row, start:stop] for row, start, stop in self.spans]
         self.query.append(torch.stack([tokens[-1] for tokens in own]).float())
         self.own_sum.append(_sums(own))
-        if self.patches is not None:  # the images are in this pass
+        if self.num_shared:
             self.soft.append(hidden[:, self.soft_pos].float())
-            self.shared_sum.append(_sums([h[:n] for h, n in zip(hidden, self.layout.num_shared)]))
+            self.shared_sum.append(_sums([h[:n] for h, n in zip(hidden, self.num_shared)]))
 
 
 def _sums(sequences: list[Tensor]) -> Tensor:
@@ -534,7 +569,7 @@ def state_shapes(config, layers: list[int]) -> dict[str, int]:
 class KeyValueCache:
     """Keys and values of every decoder layer, [rows, num_key_value_heads, length, head_dim].
 
-    Buffers have room, so that a new token is written in place. A decoder layer calls `update`.
+    Buffers have room, so that new tokens are written in place. A decoder layer calls `update`.
     """
 
     def __init__(self, key_values: Iterable[tuple[Tensor, Tensor]] = ()) -> None:
@@ -545,17 +580,17 @@ class KeyValueCache:
         """Number of tokens held."""
         return self._lengths.get(layer_idx, 0)
 
-    def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, *_, **__
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_, **__) -> tuple:
         """Append, and return all there is."""
         start = self.get_seq_length(layer_idx)
         stop = self._lengths[layer_idx] = start + keys.shape[2]
         buffers = self._buffers.setdefault(layer_idx, (keys, values))
         if buffers[0].shape[2] < stop:
-            room = (0, 0, 0, keys.shape[2] + CACHE_ROOM)
-            buffers = tuple(nn.functional.pad(old[:, :, :start], room) for old in buffers)
-            self._buffers[layer_idx] = buffers
+            shape = (*keys.shape[:2], stop + stop // 4, keys.shape[3])
+            larger = tuple(keys.new_empty(shape) for _ in buffers)
+            for new, old in zip(larger, buffers, strict=True):
+                new[:, :, :start] = old[:, :, :start]
+            buffers = self._buffers[layer_idx] = larger
         if start:
             for buffer, new in zip(buffers, (keys, values), strict=True):
                 buffer[:, :, start:stop] = new
@@ -563,31 +598,22 @@ class KeyValueCache:
 
     def layer(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """All there is of one layer."""
-        keys, values = self._buffers[layer_idx]
         length = self._lengths[layer_idx]
-        return keys[:, :, :length], values[:, :, :length]
+        return tuple(buffer[:, :, :length] for buffer in self._buffers[layer_idx])
 
     def drop(self, layer_idx: int) -> None:
         """Forget a layer."""
         del self._buffers[layer_idx], self._lengths[layer_idx]
 
-    def keep(self, rows: list[int]) -> None:
-        """Make row i what row `rows[i]` was, and drop the rest; only rows that move are copied."""
-        target = [new for new, old in enumerate(rows) if new != old]
-        source = [rows[new] for new in target]
-        for i, buffers in self._buffers.items():
-            for buffer in buffers if target else ():
-                buffer[target] = buffer[source]
-            self._buffers[i] = tuple(buffer[: len(rows)] for buffer in buffers)
-
 
 @dataclass(frozen=True, eq=False)
 class Prefill:
-    """One forward pass over prompts, for the answers to go on from."""
+    """One forward pass over prompts: their states, and what their answers go on from."""
 
-    layout: Layout
-    cache: KeyValueCache
-    next_tokens: Tensor  # [questions]
+    states: Tensor  # [questions, sum of state_shapes()], float32
+    last: Tensor  # [questions, D]: of the last prompt tokens, after the final norm
+    cache: KeyValueCache  # [rows, num_key_value_heads, past + length, head_dim]
+    key: Tensor  # [rows, past + length, 4], of `Layout`
 
 
 class Extractor:
@@ -601,7 +627,7 @@ class Extractor:
         decoder = "model.language_model"
         paths = ["model.vision_tower", decoder, *(f"{decoder}.layers.{i}" for i in layers)]
         try:
-            modules = [model.get_submodule(path) for path in paths]
+            self._vision_tower, self._decoder, *self._layers = map(model.get_submodule, paths)
         except AttributeError as error:
             raise ExtractionError(
                 f"{type(model).__name__}: {error}; install the versions in requirements.txt"
@@ -612,196 +638,161 @@ class Extractor:
         self.device = device
         # An accelerator wants the images of a batch in one pass; a CPU is faster one by one.
         self.joins_images = device.type != "cpu"
-        self._vision_tower, self._decoder, *self._layers = modules
         self._window = model.config.text_config.sliding_window
         end = model.generation_config.eos_token_id
         self._end_ids = set(end if isinstance(end, list) else [end])
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk]) -> BatchResult:
-        """States and answers of every prompt, in order."""
-        passes = [self._prefill(group) for group in self._forward_passes(chunks)]
-        states = torch.cat([states for states, _ in passes])
+    def run(self, prompts: list[Prompt]) -> list[Sample]:
+        """States and answers, in order; prompts about one image must stand side by side."""
+        passes: list[Prefill] = []
+        for by_image in self._forward_passes(prompts):
+            passes.append(self._prefill(by_image, sum(len(done.states) for done in passes)))
+        states = torch.cat([done.states for done in passes])
         host = torch.empty(states.shape, pin_memory=states.is_cuda)
         host.copy_(states, non_blocking=True)
         wait = _mark(states.device)
-        prompts = [prompt for chunk in chunks for prompt in chunk.prompts]
         answers, truncated = [[] for _ in prompts], [False] * len(prompts)
         if self.max_new_tokens:
-            answers, truncated = self._decode([prefill for _, prefill in passes])
-        return BatchResult(prompts, host, answers, truncated, wait)
+            answers, truncated = self._decode(prompts, passes)
+        fields = zip(prompts, host, answers, truncated, strict=True)
+        return [Sample(*values, wait) for values in fields]
 
-    def _forward_passes(self, chunks: list[Chunk]) -> Iterator[list[Chunk]]:
+    def _forward_passes(self, prompts: list[Prompt]) -> Iterator[list[list[Prompt]]]:
         """Images together that waste little on padding; one whose prefix has been run, alone."""
-        group: list[Chunk] = []
-        for chunk in chunks:
-            lengths = [other.num_tokens for other in (*group, chunk)]
+        group: list[list[Prompt]] = []
+        for _, about_image in itertools.groupby(prompts, key=lambda prompt: prompt.image):
+            wider = [*group, list(about_image)]
+            lengths = [count_tokens(about) for about in wider]
             padding = 1 - sum(lengths) / (len(lengths) * max(lengths))
-            is_first_run = all(other.image.key_values is None for other in (*group, chunk))
+            is_first_run = all(about[0].image.key_values is None for about in wider)
             if group and not (self.joins_images and is_first_run and padding <= MAX_PADDING):
                 yield group
-                group = []
-            group = [*group, chunk]
+                wider = wider[-1:]
+            group = wider
         yield group
 
-    def _prefill(self, chunks: list[Chunk]) -> tuple[Tensor, Prefill]:
-        """Run prompts once: states [questions, sum of state_shapes()], and what answers need."""
-        past = chunks[0].image.key_values
-        image_token_id = self.prompts.tokenizer.image_token_id
-        layout = lay_out(chunks, image_token_id, is_prefix_run=past is not None)
+    def _prefill(self, by_image: list[list[Prompt]], num_before: int) -> Prefill:
+        """Run prompts once; `num_before` prompts of the batch have been."""
+        images = [prompts[0].image for prompts in by_image]
+        past = images[0].key_values
+        new_images = images if past is None else []
+        layout = lay_out(by_image, num_before, self.prompts.tokenizer.image_token_id)
         query, key = (t.to(self.device, non_blocking=True) for t in (layout.query, layout.key))
         cache = KeyValueCache(past or ())
-        captured = Captured(layout, self.prompts.soft_stop - 1)
+        captured = Captured(
+            layout.spans, [image.num_shared for image in new_images], self.prompts.soft_stop - 1
+        )
         hooks = [(layer, captured.on_layer) for layer in self._layers]
-        if past is None:
+        if new_images:
             hooks.append((self._vision_tower, captured.on_patches))
         with forward_hooks(hooks):
             hidden = self._decoder(
-                inputs_embeds=self._embed(layout, chunks if past is None else []),
+                inputs_embeds=self._embed(layout.input_ids, new_images),
                 attention_mask=attention_masks(query, key, self._window),
                 position_ids=query[:, :, 0],
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state  # [rows, length, D], normed
-        if past is None:
-            self._keep_images(chunks, captured)
-        states = self._states(chunks, captured)
-        self._keep_prefix(chunks[-1], cache)
-        next_tokens = torch.empty(0)
-        if self.max_new_tokens:
-            next_tokens = self._choose([hidden[row, stop - 1] for row, _, stop in layout.spans])
-        return states, Prefill(layout, cache, next_tokens)
+        if new_images:
+            by_layer = self._by_layer(captured.soft), self._by_layer(captured.shared_sum)
+            for image, *states in zip(images, captured.patches.to(self.device), *by_layer):
+                image.states = tuple(states)
+        if by_image[-1][-1].is_last:
+            images[-1].key_values = None
+        elif past is None:
+            layers = (cache.layer(i) for i in range(len(self._decoder.layers)))
+            num_shared = images[-1].num_shared
+            images[-1].key_values = [
+                tuple(t[-1:, :, :num_shared].clone() for t in pair) for pair in layers
+            ]
+        states = self._states(list(itertools.chain.from_iterable(by_image)), captured)
+        last = torch.stack([hidden[row, stop - 1] for row, _, stop in layout.spans])
+        return Prefill(states, last, cache, key)
 
-    def _embed(self, layout: Layout, new_images: list[Chunk]) -> Tensor:
+    def _embed(self, input_ids: Tensor, new_images: list[SharedImage]) -> Tensor:
         """Embeddings of a pass, [rows, length, D], the images' in place of their soft tokens."""
-        embeds = self._decoder.embed_tokens(layout.input_ids.to(self.device, non_blocking=True))
+        embeds = self._decoder.embed_tokens(input_ids.to(self.device, non_blocking=True))
         if new_images:
             pixel_values = torch.stack(
-                [
-                    chunk.image.pixel_values.to(self.device, non_blocking=True)
-                    for chunk in new_images
-                ]
+                [image.pixel_values.to(self.device, non_blocking=True) for image in new_images]
             )  # [rows, 3, height, width]
             features = self.model.model.get_image_features(pixel_values).pooler_output
             embeds[:, self.prompts.soft_start : self.prompts.soft_stop] = features.to(embeds)
         return embeds
 
-    def _choose(self, hidden: Iterable[Tensor]) -> Tensor:
-        """The likeliest next token after each of the final, normed states."""
-        return self.model.lm_head(torch.stack(list(hidden))).argmax(-1).to(self.device)
-
-    def _keep_images(self, chunks: list[Chunk], captured: Captured) -> None:
-        soft, shared_sum = self._by_layer(captured.soft), self._by_layer(captured.shared_sum)
-        for row, chunk in enumerate(chunks):
-            chunk.image.patches = captured.patches[row].to(self.device)
-            chunk.image.soft, chunk.image.shared_sum = soft[row], shared_sum[row]
-
-    def _keep_prefix(self, chunk: Chunk, cache: KeyValueCache) -> None:
-        """Keep the shared tokens of the batch's last image while it has questions to come."""
-        image = chunk.image
-        if chunk.stop == len(image.prompts):
-            image.key_values = None
-        elif image.key_values is None:
-            layers = (cache.layer(i) for i in range(len(self._decoder.layers)))
-            image.key_values = [
-                tuple(t[-1:, :, : image.num_shared].clone() for t in pair) for pair in layers
-            ]
-
     def _by_layer(self, vectors: list[Tensor]) -> Tensor:
         """[rows or questions, layers, D], on one device."""
         return torch.stack([vector.to(self.device) for vector in vectors], dim=1)
 
-    def _states(self, chunks: list[Chunk], captured: Captured) -> Tensor:
+    def _states(self, prompts: list[Prompt], captured: Captured) -> Tensor:
         """Every vector of every question, side by side in the order of `state_shapes`."""
-        images = [chunk.image for chunk in chunks for _ in chunk.prompts]
-        lengths = _put(captured.layout.lengths, self.device)[:, None, None]
-        shared_sum = torch.stack([image.shared_sum for image in images])  # [questions, layers, D]
-        by_layer = (
-            torch.stack([image.soft for image in images]),
-            self._by_layer(captured.query),
-            (shared_sum + self._by_layer(captured.own_sum)) / lengths,
-        )
-        patches = torch.stack([image.patches for image in images])  # [questions, D_v]
+        shared = zip(*(prompt.image.states for prompt in prompts), strict=True)
+        patches, soft, shared_sum = map(torch.stack, shared)  # [questions, D_v], [.., layers, D]
+        lengths = _put([len(prompt.input_ids) for prompt in prompts], self.device)[:, None, None]
+        mean = (shared_sum + self._by_layer(captured.own_sum)) / lengths
+        by_layer = (soft, self._by_layer(captured.query), mean)
         return torch.cat([patches, *(vectors.flatten(1) for vectors in by_layer)], dim=1)
 
-    def _decode(self, passes: list[Prefill]) -> tuple[list[list[int]], list[bool]]:
+    def _decode(self, prompts: list[Prompt], passes: list[Prefill]) -> tuple[list, list]:
         """Greedy answers without their end tokens, and whether the limit cut them short.
 
-        All questions form one batch, whatever images they are about, and leave it as they end.
+        All questions stand side by side in one row behind the keys and values of the batch, each
+        sees its own prompt and answer, and leaves the row as it ends.
         """
-        tokens = torch.cat([prefill.next_tokens for prefill in passes])  # [live questions]
-        answers: list[list[int]] = [[] for _ in tokens]
-        truncated = [True] * len(answers)
-        live = list(range(len(answers)))  # the question in each row
-        cache, key, pos = self._gather(passes)
-        for step in range(self.max_new_tokens):
-            rows = []
-            for row, token in enumerate(tokens.tolist()):
-                truncated[live[row]] = token not in self._end_ids
-                if truncated[live[row]]:
-                    answers[live[row]].append(token)
-                    rows.append(row)
-            if not rows or step + 1 == self.max_new_tokens:
+        cache, key = self._pack(passes)
+        pos = _put([len(prompt.input_ids) for prompt in prompts], self.device)
+        live = list(range(len(prompts)))
+        question = _put(live, self.device)
+        query = torch.stack([pos, question, question, 0 * pos], dim=-1)[None]  # [1, live, 4]
+        hidden = torch.cat([done.last for done in passes])  # [live, D]
+        next_pos = _put([1, 0, 0, 0], self.device)
+        answers: list[list[int]] = [[] for _ in prompts]
+        while True:
+            tokens = self.model.lm_head(hidden).argmax(-1).to(self.device)  # [live]
+            for place, token in zip(live, tokens.tolist(), strict=True):
+                answers[place].append(token)
+            going = [i for i, place in enumerate(live) if answers[place][-1] not in self._end_ids]
+            if not going or len(answers[live[0]]) == self.max_new_tokens:
                 break
-            if len(rows) < len(live):
-                rows = close_gaps(rows)
-                cache.keep(rows)
-                live = [live[row] for row in rows]
-                tokens, key, pos = tokens[rows], key[rows], pos[rows]
-            query = torch.stack([pos, torch.ones_like(pos), torch.zeros_like(pos)], dim=-1)
+            if len(going) < len(live):
+                live = [live[i] for i in going]
+                tokens, query = tokens[going], query[:, going]
+            key = torch.cat([key, query], dim=1)
             hidden = self._decoder(
-                input_ids=tokens[:, None],
-                attention_mask=attention_masks(
-                    query, key[:, : cache.get_seq_length() + 1], self._window
-                ),
-                position_ids=pos,
+                input_ids=tokens[None],
+                attention_mask=attention_masks(query, key, self._window),
+                position_ids=query[:, :, 0],
                 past_key_values=cache,
                 use_cache=True,
-            ).last_hidden_state  # [live, 1, D]
-            tokens, pos = self._choose(hidden[:, -1]), pos + 1
-        return answers, truncated
+            ).last_hidden_state[0]  # [live, D]
+            query = query + next_pos
+        truncated = [answer[-1] not in self._end_ids for answer in answers]
+        return [a if is_cut else a[:-1] for a, is_cut in zip(answers, truncated)], truncated
 
-    def _gather(self, passes: list[Prefill]) -> tuple[KeyValueCache, Tensor, Tensor]:
-        """A row for every question, its prompt in the first slots, its answer behind the longest.
+    def _pack(self, passes: list[Prefill]) -> tuple[KeyValueCache, Tensor]:
+        """Keys and values of a batch in one row, and their places [1, slots, 4]."""
 
-        Returns the cache, the keys' places [questions, slots, 3] and the next position
-        [questions, 1].
-        """
-        lengths = [length for prefill in passes for length in prefill.layout.lengths]
-        num_slots = max(lengths)
-
-        def gather(prefill: Prefill, layer_idx: int) -> list[Tensor]:
-            pair = prefill.cache.layer(layer_idx)
-            device = pair[0].device
-            rows = _put([[row] for row, _, _ in prefill.layout.spans], device)
-            padding = (0, num_slots - prefill.layout.slots.shape[1])
-            slots = nn.functional.pad(prefill.layout.slots, padding).to(device, non_blocking=True)
+        def pop(prefill: Prefill, layer_idx: int) -> list[Tensor]:  # [heads, slots, head_dim]
+            packed = [t.transpose(0, 1).flatten(1, 2) for t in prefill.cache.layer(layer_idx)]
             prefill.cache.drop(layer_idx)  # so that never two copies of the whole cache are held
-            return [t.transpose(1, 2)[rows, slots].transpose(1, 2) for t in pair]
+            return packed
 
         key_values = []
         for layer_idx in range(len(self._decoder.layers)):
-            gathered = [gather(prefill, layer_idx) for prefill in passes]
-            key_values.append(tuple(map(torch.cat, zip(*gathered, strict=True))))
-        length = _put(lengths, self.device)[:, None]
-        slot = torch.arange(num_slots + self.max_new_tokens, device=self.device)[None]
-        pos = torch.where(slot < num_slots, slot, length + slot - num_slots)
-        segment = torch.where((slot < num_slots) & (slot >= length), PADDING, 1)
-        return KeyValueCache(key_values), torch.stack([pos, segment, 0 * pos], dim=-1), length
+            pairs = [pop(prefill, layer_idx) for prefill in passes]
+            key_values.append(tuple(torch.cat(t, dim=1)[None] for t in zip(*pairs, strict=True)))
+        key = torch.cat([prefill.key.flatten(0, 1) for prefill in passes])[None]
+        return KeyValueCache(key_values), key
 
 
-def close_gaps(rows: list[int]) -> list[int]:
-    """An order of `rows` in which as many as can be stay where they are.
-
-    >>> close_gaps([0, 2, 3, 5])
-    [0, 5, 2, 3]
-    """
-    moving = [row for row in rows if row >= len(rows)]
-    staying = set(rows)
-    return [row if row in staying else moving.pop() for row in range(len(rows))]
+def count_tokens(prompts: list[Prompt]) -> int:
+    """Tokens to run for prompts about one image, what they share counted once."""
+    num_shared = prompts[0].image.num_shared
+    return num_shared + sum(len(prompt.input_ids) - num_shared for prompt in prompts)
 
 
-def _put(numbers: list, device: torch.device) -> Tensor:
+def _put(numbers: list[int], device: torch.device) -> Tensor:
     """A tensor on the device, without the wait that `torch.tensor(..., device=...)` brings."""
     return torch.tensor(numbers).to(device, non_blocking=True)
 
@@ -816,31 +807,6 @@ def _mark(device: torch.device) -> Callable[[], None]:
 
 
 # ────────────────────────────────────── loading the model ──────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class Options:
-    """Everything the command line sets, and its defaults."""
-
-    vqa_dataset: Path
-    images_dir: Path
-    output_dir: Path = Path("output")
-    model: str = "google/gemma-3-12b-it"
-    revision: str = "main"
-    cache_dir: Path = Path("model_cache")
-    device: str = "cuda"
-    device_map: str | None = None
-    dtype: str = "bfloat16"
-    layers: tuple[int, ...] | None = None
-    max_new_tokens: int = 200
-    batch_size: int = 1
-    num_workers: int = 2
-    checkpoint_interval: int = 1000
-    storage_dtype: str = "float32"
-    compression: str = "none"
-    test: bool = False
-    overwrite: bool = False
-    strict: bool = False
 
 
 @contextlib.contextmanager
@@ -920,9 +886,7 @@ def choose_layers(asked: tuple[int, ...] | None, num_layers: int) -> list[int]:
 
 def find_revision(model: str, config) -> str:
     """The hub's commit; of a local directory, a hash of its config and its weights' sizes."""
-    weights = [
-        (path.name, path.stat().st_size) for path in sorted(Path(model).glob("*.safetensors"))
-    ]
+    weights = [(p.name, p.stat().st_size) for p in sorted(Path(model).glob("*.safetensors"))]
     contents = hashlib.sha256(f"{weights}{config.to_json_string()}".encode()).hexdigest()
     return getattr(config, "_commit_hash", None) or contents
 
@@ -1024,52 +988,37 @@ def bytes_per_sample(shapes: dict[str, int], storage_dtype: str) -> int:
     return sum(shapes[name] * sizes[name] for name in shapes) + SAMPLE_OVERHEAD
 
 
-class Sink(io.FileIO):
-    """A file for HDF5, which crashes when a write fails: keeps the error, and goes on as if."""
+def sync(path: Path) -> None:
+    """Return when a file, or a directory's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
-    error: OSError | None = None
 
-    def write(self, content) -> int:
-        """All of it, or nothing ever again."""
-        rest = memoryview(content)
-        with self._keep_error():
-            while self.error is None and rest:
-                rest = rest[super().write(rest) :]
-        return len(content)
-
-    def truncate(self, size: int | None = None) -> int:
-        """As far as there is room."""
-        with self._keep_error():
-            if self.error is None:
-                super().truncate(size)
-        return size or 0
-
-    @contextlib.contextmanager
-    def _keep_error(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.error = error
-
-    def check(self) -> None:
-        """Raise what went wrong."""
-        if self.error is not None:
-            raise self.error
+def replace_file(path: Path, partial: Path) -> None:
+    """Put a file in the place of another; a crash leaves the one or the other, whole."""
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
 
 
 class PartWriter:
     """Writes one part under another name, and renames it into place once it is safe on the disk.
 
-    What a finished file of the same number holds is taken over.
+    What a finished file of the same number holds is taken over. The part is put together in memory:
+    HDF5 itself ends the process when a disk is full.
     """
 
     def __init__(self, path: Path, attributes: dict, compression: str) -> None:
         self.path = path
         self._partial = path.with_suffix(".partial")
+        self._partial.touch()
         self._storage = (attributes["storage_dtype"], compression)
-        self._sink = Sink(self._partial, "w+")
         # HDF5 1.10's format: smaller, and with checksums over all but the vectors themselves.
-        self._file = h5py.File(self._sink, "w", libver=("v110", "v110"))
+        in_memory = {"driver": "core", "backing_store": False, "block_size": 2**24}
+        self._file = h5py.File(self._partial, "w", libver=("v110", "v110"), **in_memory)
         self._file.attrs.update(attributes)
         if path.exists():
             with h5py.File(path) as finished:
@@ -1087,40 +1036,26 @@ class PartWriter:
             write_vector(group, name, vector, *self._storage)
         group["vision_only_representation"] = h5py.SoftLink(VISION)
         group.attrs.update({"question_id": row.question_id, "row": row.index, **attributes})
-        self._sink.check()
 
-    def finish(self, is_attempted_whole: bool) -> None:
-        """Close, sync, check and rename; nothing is left of a part that was only opened."""
+    def finish(self) -> None:
+        """Write, sync, check and rename; a part that gained nothing stays as it was."""
         count = len(self._file)
-        if count == self._num_before and (self.path.exists() or not is_attempted_whole):
+        if count == self._num_before and self.path.exists():
             return self.discard()
         self._file.attrs["num_samples"] = count
         self._file.attrs["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+        self._file.flush()
+        self._partial.write_bytes(self._file.id.get_file_image())
         self._file.close()
-        self._sink.check()
-        self._sink.close()
-        sync(self._partial)
         with h5py.File(self._partial) as written:
             if len(written) != count:
                 raise OSError(f"{self._partial} holds {len(written)} samples; expected {count}")
-        os.replace(self._partial, self.path)
-        sync(self.path.parent)
+        replace_file(self.path, self._partial)
 
     def discard(self) -> None:
         """Forget what was written since the part was opened."""
-        with contextlib.suppress(OSError, RuntimeError):  # a full disk fails here once more
-            self._file.close()
-        self._sink.close()
+        self._file.close()
         self._partial.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Return when a file, or a directory's list of files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -1139,14 +1074,16 @@ def tell_damage(path: Path) -> Iterator[None]:
 def read_attributes(path: Path) -> dict:
     """A part's root attributes. Raises DamagedPart."""
     with tell_damage(path), h5py.File(path) as file:
-        return {name: _plain(value) for name, value in file.attrs.items()}
+        return {
+            name: value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+            for name, value in file.attrs.items()
+        }
 
 
-def read_part(path: Path, shapes: dict[str, int]) -> tuple[dict, dict[str, tuple[str, str, str]]]:
-    """A finished part's attributes, and question, image_id and ground truth by question_id.
+def read_part(path: Path, shapes: dict[str, int]) -> tuple[dict, dict[str, dict[str, str]]]:
+    """A finished part's attributes, and what the CSV said of each sample, by question_id.
 
-    Raises:
-        DamagedPart: it does not open, or a sample is incomplete, misshapen or not finite.
+    Raises DamagedPart: it does not open, or a sample is incomplete, misshapen or not finite.
     """
     attributes = read_attributes(path)
     with tell_damage(path), h5py.File(path) as file:
@@ -1156,11 +1093,7 @@ def read_part(path: Path, shapes: dict[str, int]) -> tuple[dict, dict[str, tuple
         return attributes, {g.attrs["question_id"]: _check_sample(g, shapes) for g in groups}
 
 
-def _plain(value):
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-
-
-def _check_sample(group: h5py.Group, shapes: dict[str, int]) -> tuple[str, str, str]:
+def _check_sample(group: h5py.Group, shapes: dict[str, int]) -> dict[str, str]:
     if group_name(group.attrs["question_id"]) != group.name[1:]:
         raise ValueError(f"{group.name} holds question_id {group.attrs['question_id']!r}")
     for name, width in shapes.items():
@@ -1172,7 +1105,7 @@ def _check_sample(group: h5py.Group, shapes: dict[str, int]) -> tuple[str, str, 
     if absent := SAMPLE_ATTRIBUTES - group.attrs.keys():
         raise ValueError(f"{group.name} lacks the attributes {sorted(absent)}")
     question, image_id, _, ground_truth = (group[name].asstr()[()] for name in TEXTS)
-    return question, image_id, ground_truth
+    return {"question": question, "image_id": image_id, "answer": ground_truth}
 
 
 def stored_ids(path: Path) -> set[str]:
@@ -1183,13 +1116,10 @@ def stored_ids(path: Path) -> set[str]:
         return {urllib.parse.unquote(name) for name in file}
 
 
-def scan_parts(
-    output_dir: Path, settings: dict, shapes: dict[str, int], rows: list[Row]
-) -> set[str]:
+def scan_parts(output_dir: Path, settings: dict, shapes: dict, rows: list[Row]) -> set[str]:
     """The question_ids that are stored. Every part is read and checked, damaged ones set aside.
 
-    Raises:
-        ExtractionError: a part is of another kind of run, or a row changed under its id.
+    Raises ExtractionError: a part is of another kind of run, or a row changed under its id.
     """
     stored: set[str] = set()
     by_id = {row.question_id: row for row in rows}
@@ -1206,17 +1136,16 @@ def scan_parts(
             log.warning("%s is damaged (%s): set aside as %s", path, error, aside.name)
             continue
         for question_id in texts.keys() & by_id.keys():
-            row, names = by_id[question_id], ("question", "image_id", "answer")
-            now = dict(zip(names, (row.question, row.image_id, row.ground_truth)))
-            before = dict(zip(names, texts[question_id]))
-            check_same(f"texts of question_id {question_id!r}", path, before, now)
+            row = by_id[question_id]
+            now = {"question": row.question, "image_id": row.image_id, "answer": row.ground_truth}
+            check_same(f"texts of question_id {question_id!r}", path, texts[question_id], now)
         stored |= texts.keys()
     return stored
 
 
 def check_same(what: str, path: Path, stored: dict, current: dict) -> None:
     """Raise ExtractionError that names everything that differs, with both values."""
-    pairs = [(name, _plain(stored.get(name)), now) for name, now in current.items()]
+    pairs = [(name, stored.get(name), now) for name, now in current.items()]
     differing = [f"{name} was {old!r} and is {now!r}" for name, old, now in pairs if old != now]
     if differing:
         raise ExtractionError(
@@ -1244,9 +1173,7 @@ def write_failures(output_dir: Path, failures: dict[str, tuple[str, str]]) -> No
     with open(partial, "w", encoding="utf-8", newline="") as file:
         lines = ((question_id, *rest) for question_id, rest in failures.items())
         csv.writer(file).writerows([("question_id", "image_id", "error"), *lines])
-    sync(partial)
-    os.replace(partial, path)
-    sync(output_dir)
+    replace_file(path, partial)
 
 
 def remove_files(output_dir: Path, everything: bool) -> None:
@@ -1289,6 +1216,8 @@ class OutputLock:
     run. Byte k is part k: whoever holds it writes that part.
     """
 
+    FAILURES = 1 << 40  # the byte of `failed_samples.csv`, which belongs to all
+
     def __init__(self, output_dir: Path, run_id: str) -> None:
         self._path = output_dir / ".lock"
         self._run_id = run_id
@@ -1297,11 +1226,10 @@ class OutputLock:
     def acquire(self) -> bool:
         """Join the run; True for the process that is to prepare the directory, then `share()`.
 
-        Raises:
-            ExtractionError: another run is at work here.
+        Raises ExtractionError: another run is at work here.
         """
-        holder = {"run_id": self._run_id, "host": socket.gethostname(), "pid": os.getpid()}
         if self.claim(0):
+            holder = {"run_id": self._run_id, "host": socket.gethostname(), "pid": os.getpid()}
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
             return True
@@ -1329,12 +1257,12 @@ class OutputLock:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """One process at a time: `failed_samples.csv` belongs to all."""
-        fcntl.lockf(self._descriptor, fcntl.LOCK_EX, 1, 1 << 40)
+        """One process at a time."""
+        fcntl.lockf(self._descriptor, fcntl.LOCK_EX, 1, self.FAILURES)
         try:
             yield
         finally:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, 1 << 40)
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, self.FAILURES)
 
     def release(self) -> None:
         """Leave the run."""
@@ -1345,18 +1273,18 @@ class Work:
     """Which rows are to do, and which of them this process does, part by part."""
 
     def __init__(self, parts: dict[int, list[Row]], stored: set[str], launch: Launch, lock) -> None:
-        self.parts = parts
-        self.part_of = {row.question_id: k for k, rows in parts.items() for row in rows}
-        self.num_rows = len(self.part_of)
-        self.num_stored = len(self.part_of.keys() & stored)
-        self.num_open: dict[int, int] = {}  # a claimed part: rows without an outcome yet
         self.lock: OutputLock = lock
+        self.part_of = {row: number for number, rows in parts.items() for row in rows}
+        self.num_rows = len(self.part_of)
+        self.num_stored = sum(row.question_id in stored for row in self.part_of)
+        self.ends: set[Row] = set()  # after which a claimed part has no row to come
+        self._parts = parts
         self._stored = stored
         self._launch = launch
 
     def claim_rows(self, output_dir: Path) -> Iterator[Row]:
         """The missing rows of one part after the other that no other process has taken."""
-        for number, rows in self.parts.items():
+        for number, rows in self._parts.items():
             if all(row.question_id in self._stored for row in rows):
                 continue
             if self._launch.add(f"part {number}", 1) > 1 or not self.lock.claim(number):
@@ -1364,15 +1292,14 @@ class Work:
             # A task of the same array may have finished it since this one looked.
             stored = self._stored | stored_ids(part_path(output_dir, number))
             missing = [row for row in rows if row.question_id not in stored]
-            self.num_open[number] = len(missing)
+            self.ends.update(missing[-1:])
             yield from missing
 
 
 def open_output(options: Options, settings: dict, shapes: dict, rows: list[Row], launch) -> Work:
     """Lock the directory, look at what is there already, and plan the rest.
 
-    Raises:
-        ExtractionError: in use, of another run, not writable, or too small for what is to come.
+    Raises ExtractionError: in use, of another run, not writable, or too small for what is to come.
     """
     output_dir = options.output_dir
     try:
@@ -1437,21 +1364,23 @@ class StopSignal:
             self._since = time.monotonic()
 
 
-def prepare_image(rows: list[Row], options: Options, prompts: Prompts, device) -> SharedImage:
-    """The rows about one image as the model's input, ready for an asynchronous copy."""
+def prepare_image(
+    rows: list[Row], options: Options, prompts: Prompts, device: torch.device
+) -> list[Prompt | Failure]:
+    """The rows about one image as the model reads them, ready for an asynchronous copy."""
 
     def load(image_id: str) -> Tensor:
         pixel_values = prompts.pixels(open_image(options.images_dir, image_id))
         pixel_values = pixel_values.to(getattr(torch, options.dtype))
         return pixel_values.pin_memory() if device.type == "cuda" else pixel_values
 
-    return prompts.share(rows, load)
+    return prompts.prepare(rows, load)
 
 
 def prepare_ahead(
-    rows: Iterator[Row], prepare: Callable[[list[Row]], SharedImage], num_workers: int, ahead: int
-) -> Iterator[SharedImage]:
-    """Image after image in order, prepared by threads while the model is at earlier ones.
+    rows: Iterable[Row], prepare: Callable[[list[Row]], list], num_workers: int, ahead: int
+) -> Iterator[Prompt | Failure]:
+    """Row after row in order, image by image prepared by threads while the model is at others.
 
     At least `ahead` rows and two images a thread are under way.
     """
@@ -1466,52 +1395,38 @@ def prepare_ahead(
                 while len(pending) > 2 * num_workers and num_rows - pending[0][1] >= ahead:
                     future, count = pending.popleft()
                     num_rows -= count
-                    yield future.result()
+                    yield from future.result()
             while pending:
-                yield pending.popleft()[0].result()
+                yield from pending.popleft()[0].result()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def make_batches(images: Iterable[SharedImage], batch_size: int) -> Iterator[Batch]:
-    """Batches of `batch_size` prompts, of one image or of several, failed rows in their places."""
-    batch, room = Batch([], [], {}), batch_size
-    for image in images:
-        start = stop = 0
-        for row in image.rows:
-            batch.rows.append(row)
-            if row.question_id in image.failures:
-                batch.failures[row.question_id] = image.failures[row.question_id]
-                continue
-            stop, room = stop + 1, room - 1
-            if room == 0:
-                batch.chunks.append(Chunk(image, start, stop))
-                yield batch
-                batch, room, start = Batch([], [], {}), batch_size, stop
-        if stop > start:
-            batch.chunks.append(Chunk(image, start, stop))
-        elif batch.rows and not batch.chunks:  # failures alone: to be told and counted now
+def make_batches(
+    rows: Iterable[Prompt | Failure], batch_size: int
+) -> Iterator[list[Prompt | Failure]]:
+    """Consecutive rows with `batch_size` prompts among them; failures alone are not held back."""
+    batch: list[Prompt | Failure] = []
+    num_prompts = 0
+    for row in rows:
+        batch.append(row)
+        num_prompts += isinstance(row, Prompt)
+        if num_prompts == batch_size or len(batch) - num_prompts == MAX_FAILED_IMAGES:
             yield batch
-            batch, room = Batch([], [], {}), batch_size
-    if batch.rows:
+            batch, num_prompts = [], 0
+    if batch:
         yield batch
 
 
-def run_batch(
-    extractor: Extractor, chunks: list[Chunk], failures: dict[str, str]
-) -> list[BatchResult]:
+def run_batch(extractor: Extractor, batch: list[Prompt | Failure]) -> list[Sample | Failure]:
     """Run a batch; one that does not fit into the device's memory in halves, down to one prompt.
 
-    A prompt that does not fit alone is added to `failures`.
-
-    Raises:
-        ExtractionError: the device failed in another way.
+    Raises ExtractionError: the device failed in another way.
     """
-    prompts = [prompt for chunk in chunks for prompt in chunk.prompts]
-    if not prompts:
-        return []
+    prompts = [row for row in batch if isinstance(row, Prompt)]
     try:
-        return [extractor.run(chunks)]
+        samples = iter(extractor.run(prompts) if prompts else [])
+        return [next(samples) if isinstance(row, Prompt) else row for row in batch]
     except torch.OutOfMemoryError:
         pass  # go on outside, where the traceback no longer holds tensors
     except RuntimeError as error:
@@ -1519,23 +1434,11 @@ def run_batch(
         raise ExtractionError(f"the model failed on question_ids {ids}: {error}") from error
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
-    if len(prompts) == 1:
-        failures[prompts[0].row.question_id] = "the device's memory is too small for it"
-        return []
+    if len(batch) == 1:
+        return [Failure(prompts[0].row, "the device's memory is too small for it")]
     log.warning("%d questions at once are too many for the device's memory: halved", len(prompts))
-    halves = halve(chunks, len(prompts) // 2)
-    return [result for half in halves for result in run_batch(extractor, half, failures)]
-
-
-def halve(chunks: list[Chunk], count: int) -> tuple[list[Chunk], list[Chunk]]:
-    """The first `count` prompts, and the rest."""
-    first, second = [], []
-    for chunk in chunks:
-        middle = min(chunk.stop, chunk.start + count)
-        count -= middle - chunk.start
-        first += [Chunk(chunk.image, chunk.start, middle)] if middle > chunk.start else []
-        second += [Chunk(chunk.image, middle, chunk.stop)] if middle < chunk.stop else []
-    return first, second
+    middle = len(batch) // 2
+    return run_batch(extractor, batch[:middle]) + run_batch(extractor, batch[middle:])
 
 
 class Progress:
@@ -1568,7 +1471,7 @@ class Run:
     settings: dict  # root attributes of every part
     shapes: dict[str, int]  # of `state_shapes`
     prompts: Prompts
-    prepare: Callable[[list[Row]], SharedImage]  # the rows about one image
+    device: torch.device
     launch: Launch
     work: Work
     progress: Progress
@@ -1576,147 +1479,140 @@ class Run:
 
 
 class Recorder:
-    """A thread of its own: checks, decodes and writes what the model gives, in the plan's order.
+    """Checks, decodes and writes what the model gives, in the plan's order.
 
-    Leaving the context waits for it, and raises what went wrong in it.
+    Its errors are ExtractionErrors; after one it takes nothing more, and keeps what it had.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._number = 0  # of the part in hand
         self._writer: PartWriter | None = None
-        self._attempted: set[str] = set()  # in the part in hand
-        self._failures: dict[str, tuple[str, str]] = {}  # in the part in hand
+        self._outcomes: dict[str, Failure | None] = {}  # of the part in hand, by question_id
         self._failed_images: set[str] = set()  # since the last row that went well
-        self._error: ExtractionError | None = None
-        self._queue: queue.Queue = queue.Queue(maxsize=2)
-        self._thread = threading.Thread(target=self._record_all, name="recorder")
+        self._has_failed = False
 
-    def __enter__(self) -> Recorder:
-        self._thread.start()
-        return self
+    def record(self, batch: list[Sample | Failure]) -> None:
+        """Take the outcomes of a batch."""
+        with self._explain_errors():
+            for outcome in () if self._has_failed else batch:
+                self._take(outcome)
 
-    def __exit__(self, *_) -> None:
-        self._queue.put(None)
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
+    def finish(self) -> None:
+        """Save what there is of the part in hand."""
+        with self._explain_errors():
+            self._finish_part()
 
-    def put(self, batch: Batch, results: list[BatchResult]) -> bool:
-        """Hand over a batch, waiting while two are; False once there is no point in going on."""
-        self._queue.put((batch.rows, batch.failures, results))
-        return self._error is None
-
-    def _record_all(self) -> None:
-        for item in iter(self._queue.get, None):
-            if self._error is None:
-                self._guard(self._record, *item)
-        self._guard(self._finish_part)
-
-    def _guard(self, step: Callable, *args) -> None:
+    @contextlib.contextmanager
+    def _explain_errors(self) -> Iterator[None]:
         try:
-            step(*args)
-        except ExtractionError as error:  # what was recorded before it is worth keeping
-            self._error = error
-        except Exception as error:  # else this thread ends, and the one that feeds it waits forever
-            is_device = isinstance(error, torch.AcceleratorError)
-            what = (
-                "the device failed" if is_device else f"writing to {self._run.options.output_dir}"
-            )
-            self._error = ExtractionError(
-                f"{what}: {error} | finished parts are whole; the same command goes on, "
-                "once there is room if the disk is full"
-            )
+            yield
+        except ExtractionError:  # what was recorded before it is worth keeping
+            self._has_failed = True
+            raise
+        except Exception as error:  # whatever it is, a sample may be half written
+            self._has_failed = True
             if self._writer is not None:
                 self._writer.discard()
                 self._writer = None
+            is_device = isinstance(error, torch.AcceleratorError)
+            where = (
+                "the device failed" if is_device else f"writing to {self._run.options.output_dir}"
+            )
+            raise ExtractionError(
+                f"{where}: {error} | finished parts are whole; the same command goes on, "
+                "once there is room if the disk is full"
+            ) from error
 
-    def _record(
-        self, rows: list[Row], failures: dict[str, str], results: list[BatchResult]
-    ) -> None:
-        place_of = {}
-        for result in results:
-            result.wait()
-            place_of |= {p.row.question_id: (result, i) for i, p in enumerate(result.prompts)}
-        for row in rows:
-            self._open_part(row)
-            error = failures.get(row.question_id) or self._add(*place_of[row.question_id])
-            self._run.progress.update(int(error is None), int(error is not None))
-            self._attempted.add(row.question_id)
-            self._run.work.num_open[self._number] -= 1
-            if error is None:
-                self._failed_images.clear()
-            else:
-                self._fail(row, error)
-            if not self._run.work.num_open[self._number]:
-                self._finish_part()
-
-    def _open_part(self, row: Row) -> None:
-        number = self._run.work.part_of[row.question_id]
-        if self._writer is None or number != self._number:
+    def _take(self, outcome: Sample | Failure) -> None:
+        if isinstance(outcome, Sample):
+            outcome.wait()
+            if not outcome.states.isfinite().all():
+                outcome = Failure(outcome.prompt.row, "its states are not finite")
+        is_failure = isinstance(outcome, Failure)
+        row = outcome.row if is_failure else outcome.prompt.row
+        if self._writer is None or self._run.work.part_of[row] != self._number:
             self._finish_part()
-            path = part_path(self._run.options.output_dir, number)
-            self._writer = PartWriter(path, self._run.settings, self._run.options.compression)
-            self._number = number
+            self._open_part(self._run.work.part_of[row])
+        self._outcomes[row.question_id] = outcome if is_failure else None
+        if is_failure:
+            self._failed_images.add(row.image_id)
+        else:
+            self._add(outcome)
+            self._failed_images.clear()
+        self._run.progress.update(int(not is_failure), int(is_failure))
+        if is_failure:
+            self._check_failures(outcome)
+        if row in self._run.work.ends:
+            self._finish_part()
 
-    def _add(self, result: BatchResult, place: int) -> str | None:
-        """Write one sample; why not, where it cannot be."""
-        shapes, prompts = self._run.shapes, self._run.prompts
-        vectors = result.states[place].numpy()
-        if not np.isfinite(vectors).all():
-            return "its states are not finite"
-        states = dict(
-            zip(shapes, np.split(vectors, np.cumsum([*shapes.values()])[:-1]), strict=True)
-        )
-        prompt, answer = result.prompts[place], result.answers[place]
+    def _open_part(self, number: int) -> None:
+        self._number = number
+        path = part_path(self._run.options.output_dir, number)
+        self._writer = PartWriter(path, self._run.settings, self._run.options.compression)
+
+    def _add(self, sample: Sample) -> None:
+        prompts, prompt = self._run.prompts, sample.prompt
+        vectors = sample.states.split(list(self._run.shapes.values()))
+        states = {name: v.numpy() for name, v in zip(self._run.shapes, vectors, strict=True)}
         attributes = {
             "num_prompt_tokens": len(prompt.input_ids),
             "vision_token_pos": prompts.soft_stop - 1,
             "query_token_pos": len(prompt.input_ids) - 1,
-            "num_answer_tokens": len(answer),
-            "answer_truncated": result.truncated[place],
+            "num_answer_tokens": len(sample.answer),
+            "answer_truncated": sample.is_truncated,
         }
-        self._writer.add(prompt.row, states, prompts.decode(answer), attributes)
-        return None
+        self._writer.add(prompt.row, states, prompts.decode(sample.answer), attributes)
 
-    def _fail(self, row: Row, error: str) -> None:
-        self._failures[row.question_id] = (row.image_id, error)
-        self._failed_images.add(row.image_id)
+    def _check_failures(self, failure: Failure) -> None:
+        """Raise ExtractionError if this one is one too many."""
+        last = f"question_id {failure.row.question_id!r}"
         if self._run.options.strict:
-            raise ExtractionError(f"--strict: question_id {row.question_id!r} failed: {error}")
+            raise ExtractionError(f"--strict: {last} failed: {failure.error}")
         if len(self._failed_images) == MAX_FAILED_IMAGES:
             raise ExtractionError(
                 f"the rows of {MAX_FAILED_IMAGES} different images failed in a row: something is "
-                f"wrong with all of them | the last, question_id {row.question_id!r}: {error}"
+                f"wrong with all of them | the last, {last}: {failure.error}"
             )
 
     def _finish_part(self) -> None:
         if self._writer is None:
             return
-        self._writer.finish(is_attempted_whole=not self._run.work.num_open[self._number])
+        self._writer.finish()
         self._writer = None
-        output_dir = self._run.options.output_dir
+        output_dir, outcomes = self._run.options.output_dir, self._outcomes
         with self._run.work.lock.alone():
             known = read_failures(output_dir)
-            kept = {q: rest for q, rest in known.items() if q not in self._attempted}
-            write_failures(output_dir, kept | self._failures)
-        self._attempted, self._failures = set(), {}
+            kept = {q: rest for q, rest in known.items() if q not in outcomes}
+            failed = {q: (f.row.image_id, f.error) for q, f in outcomes.items() if f is not None}
+            write_failures(output_dir, kept | failed)
+        self._outcomes = {}
 
 
 def work_through(run: Run, extractor: Extractor) -> None:
     """Extract every row that this process can claim, or until it is to stop.
 
-    Raises:
-        ExtractionError: it could not go on; what was done is saved.
+    Images are prepared by threads, parts written by one more, both beside the model.
+    Raises ExtractionError: it could not go on; what was done is saved.
     """
-    options = run.options
-    rows = run.work.claim_rows(options.output_dir)
-    images = prepare_ahead(rows, run.prepare, options.num_workers, options.batch_size)
-    with Recorder(run) as recorder, contextlib.closing(images):
-        for batch in make_batches(images, options.batch_size):
-            results = run_batch(extractor, batch.chunks, batch.failures)
-            if not recorder.put(batch, results) or run.stop.status:
-                break
+    options, recorder, recorded = run.options, Recorder(run), deque()
+    prepare = functools.partial(
+        prepare_image, options=options, prompts=run.prompts, device=run.device
+    )
+    claimed = run.work.claim_rows(options.output_dir)
+    rows = prepare_ahead(claimed, prepare, options.num_workers, options.batch_size)
+    with ThreadPoolExecutor(1) as thread, contextlib.closing(rows):
+        try:
+            for batch in make_batches(rows, options.batch_size):
+                recorded.append(thread.submit(recorder.record, run_batch(extractor, batch)))
+                if len(recorded) > 2:
+                    recorded.popleft().result()  # raises what went wrong
+                if run.stop.status:
+                    break
+        finally:
+            recorded.append(thread.submit(recorder.finish))
+            for future in recorded:
+                future.result()
 
 
 def summarise(run: Run, num_seconds: float) -> int:
@@ -1748,8 +1644,7 @@ def summarise(run: Run, num_seconds: float) -> int:
 def extract(options: Options) -> int:
     """Run an extraction, from the CSV to the last part; the exit status.
 
-    Raises:
-        ExtractionError: it could not start or go on.
+    Raises ExtractionError: it could not start or go on.
     """
     rows = read_rows(options.vqa_dataset)
     check_images(rows, options.images_dir)
@@ -1757,20 +1652,19 @@ def extract(options: Options) -> int:
     config, processor = load_processor(options)
     with explain_load_errors(options.model):
         prompts = Prompts(processor)
-    prepare = functools.partial(prepare_image, options=options, prompts=prompts, device=device)
     settings = describe_run(options, config, prompts, rows, device)
     shapes = state_shapes(config, settings["layers"])
     launch = Launch()
     work = open_output(options, settings, shapes, rows, launch)
     todo = work.num_rows - work.num_stored
-    log.info("%d rows in %d parts, %d to do", work.num_rows, len(work.parts), todo)
+    log.info("%d rows in the plan, %d to do", work.num_rows, todo)
     if todo or options.test:
         model = load_model(options, device)
         extractor = Extractor(model, prompts, settings["layers"], options.max_new_tokens, device)
     is_sound, start = True, time.monotonic()
     with StopSignal() as stop, logging_redirect_tqdm([log]):
         progress = Progress(launch, work.num_rows, work.num_stored)
-        run = Run(options, settings, shapes, prompts, prepare, launch, work, progress, stop)
+        run = Run(options, settings, shapes, prompts, device, launch, work, progress, stop)
         if todo:
             work_through(run, extractor)
         num_seconds = time.monotonic() - start
@@ -1812,95 +1706,91 @@ def plain_forward(model, processor, image: Image.Image, question: str, has_mask:
     return inputs["input_ids"][0].tolist(), patches[0].float().mean(0).cpu(), hidden_states
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What a prompt's states are worth, against a plain forward pass of the same prompt."""
-
-    has_same_tokens: bool
-    error: float  # relative L2, the largest of all vectors
-    mask_effect: float  # relative L2 at the soft tokens, with the image mask and without
-    is_finite: bool
-
-
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """Relative L2 error."""
     return float((value - reference).norm() / reference.norm())
 
 
-def compare_with_plain(run: Run, extractor: Extractor, shared: SharedImage) -> Comparison:
-    """Run all prompts about an image, and look at the first."""
-    prompts, prompt = run.prompts, shared.prompts[0]
-    result = extractor.run([Chunk(shared, 0, len(shared.prompts))])
-    result.wait()
+def compare_with_plain(
+    run: Run, extractor: Extractor, prompts: list[Prompt]
+) -> tuple[bool, float, float]:
+    """Run prompts about an image, and compare the first with a plain forward pass.
+
+    Returns whether they have the same tokens, the largest relative L2 error of its vectors, and
+    the relative L2 effect of the image mask at the soft tokens.
+    """
+    prompt, soft_stop = prompts[0], run.prompts.soft_stop
+    sample = extractor.run(prompts)[0]
+    sample.wait()
     image = open_image(run.options.images_dir, prompt.row.image_id)
     plain = functools.partial(
-        plain_forward, extractor.model, prompts.processor, image, prompt.row.question
+        plain_forward, extractor.model, run.prompts.processor, image, prompt.row.question
     )
     input_ids, patches, hidden = plain()
     _, _, unmasked = plain(has_mask=False)
     kept = hidden[run.settings["layers"]]  # [layers, T, D]
-    expected = [patches, *kept[:, prompts.soft_stop - 1], *kept[:, -1], *kept.mean(dim=1)]
-    found = result.states[0].split(list(run.shapes.values()))
-    soft = slice(prompts.soft_start, prompts.soft_stop)
-    return Comparison(
-        input_ids == prompt.input_ids,
-        max(map(relative_error, found, expected)),
-        relative_error(unmasked[-1, soft], hidden[-1, soft]),
-        bool(result.states.isfinite().all()),
-    )
+    expected = [patches, *kept[:, soft_stop - 1], *kept[:, -1], *kept.mean(dim=1)]
+    found = sample.states.split(list(run.shapes.values()))
+    soft = slice(run.prompts.soft_start, soft_stop)
+    effect = relative_error(unmasked[-1, soft], hidden[-1, soft])
+    errors = torch.tensor(list(map(relative_error, found, expected)))  # max() keeps a NaN
+    return input_ids == prompt.input_ids, float(errors.max()), effect
 
 
-def time_prompts(extractor: Extractor, image: SharedImage, count: int, batch_size: int) -> float:
-    """Seconds for `count` questions about one image."""
-    shared = dataclasses.replace(image, prompts=image.prompts[:1] * count, key_values=None)
-    shared.num_shared = extractor.prompts.soft_stop
+def time_rows(run: Run, extractor: Extractor, prompt: Prompt, rows: list[Row]) -> float:
+    """Seconds a row: a batch or more of `prompt`, as many times an image as `rows` have."""
+    batch_size, prompts = run.options.batch_size, []
+    each = min(round(len(rows) / len({row.image_id for row in rows})), max(batch_size, 16))
+    while len(prompts) < batch_size:
+        image = SharedImage(prompt.image.pixel_values, run.prompts.soft_stop)
+        prompts += [
+            dataclasses.replace(prompt, image=image, is_last=k == each) for k in range(1, each + 1)
+        ]
     begin = time.monotonic()
-    for start in range(0, count, batch_size):
-        extractor.run([Chunk(shared, start, min(count, start + batch_size))]).wait()
-    return time.monotonic() - begin
+    for batch in make_batches(prompts, batch_size):
+        for sample in extractor.run(batch):
+            sample.wait()
+    return (time.monotonic() - begin) / len(prompts)
 
 
 def report_test(run: Run, extractor: Extractor, rows: list[Row]) -> bool:
     """Print what the first rows show and what the whole CSV would take; whether all is well."""
     options, prompts, first = run.options, run.prompts, rows[:NUM_TEST_ROWS]
-    # Each image is asked all the questions, so that what is compared has gone the shared way.
-    others = (
-        [dataclasses.replace(other, image_id=row.image_id) for other in first if other is not row]
-        for row in first
-    )
-    images = [run.prepare([row, *about]) for row, about in zip(first, others, strict=True)]
-    images = [image for image in images if image.prompts and image.prompts[0].row in first]
-    if not images:
+    tried = []
+    for row in first:  # its image is asked all the questions, so that it goes the shared way
+        others = [dataclasses.replace(r, image_id=row.image_id) for r in first if r is not row]
+        found = prepare_image([row, *others], options, prompts, run.device)
+        if isinstance(found[0], Prompt):
+            tried.append([prompt for prompt in found if isinstance(prompt, Prompt)])
+    if not tried:
         print("FAIL  none of the first rows can be extracted")
         return False
-    compared = [compare_with_plain(run, extractor, image) for image in images]
-    error, effect = max(c.error for c in compared), min(c.mask_effect for c in compared)
+    compared = [compare_with_plain(run, extractor, about_image) for about_image in tried]
+    same_tokens, errors, effects = zip(*compared)
     bound, eps = TEST_BOUNDS[options.dtype], torch.finfo(getattr(torch, options.dtype)).eps
-    ends = [len(image.prompts[0].input_ids) - 1 for image in images]
+    positions = [len(about_image[0].input_ids) - 1 for about_image in tried]
+    soft_stop = prompts.soft_stop
     checks = {
-        "the processor's own tokens, one <bos>": all(c.has_same_tokens for c in compared),
-        f"soft tokens {prompts.soft_start} to {prompts.soft_stop - 1}, vision token "
-        f"{prompts.soft_stop - 1}, query tokens {ends}": all(n > prompts.soft_stop for n in ends),
-        f"without the image mask soft tokens change by {effect:.1e}": effect > 10 * eps,
-        f"plain forward passes give the same: error {error:.1e}, bound {bound:g}": error <= bound,
-        "all states are finite": all(c.is_finite for c in compared),
+        "the processor's own tokens, one <bos>": all(same_tokens),
+        f"soft tokens {prompts.soft_start} to {soft_stop - 1}, vision token {soft_stop - 1}, "
+        f"query tokens {positions}": min(positions) > soft_stop,
+        f"the image mask changes soft tokens by {min(effects):.1e}": min(effects) > 10 * eps,
+        f"plain forward passes give the same: error {max(errors):.1e}, bound {bound:g}": all(
+            error <= bound for error in errors
+        ),
     }
     for what, is_well in checks.items():
         print(f"{'ok  ' if is_well else 'FAIL'}  {what}")
-    versions = [
-        f"{name} {run.settings[f'{name}_version']}" for name in ("python", "torch", "transformers")
-    ]
+    versions = [f"{name} {run.settings[f'{name}_version']}" for name in ("torch", "transformers")]
     print(f"      {', '.join(versions)}; {options.dtype} on {run.settings['device']}")
-    print(f"      peak memory {peak_memory(extractor.device)}")
-    one = time_prompts(extractor, images[0], 1, options.batch_size)
-    each = max(time_prompts(extractor, images[0], 3, options.batch_size) - one, 0) / 2
-    num_images = len({row.image_id for row in rows})
-    hours = (num_images * max(one - each, 0) + len(rows) * each) / 3600 / run.launch.world_size
+    hours = time_rows(run, extractor, tried[0][0], rows) * len(rows) / 3600 / run.launch.world_size
+    print(f"      peak memory {peak_memory(run.device)}")
     size = len(rows) * bytes_per_sample(run.shapes, options.storage_dtype) / 1e9
+    free = shutil.disk_usage(options.output_dir).free / 1e9
+    num_images = len({row.image_id for row in rows})
     print(
         f"      the whole CSV, {len(rows)} rows about {num_images} images: {hours:.2f} h at "
-        f"{len(rows) / hours / 3600:.2f} samples/s, {size:.2f} GB of "
-        f"{shutil.disk_usage(options.output_dir).free / 1e9:.0f} GB free"
+        f"{len(rows) / hours / 3600:.2f} samples/s, {size:.2f} GB of {free:.0f} GB free"
     )
     return all(checks.values())
 
@@ -1916,91 +1806,22 @@ def peak_memory(device: torch.device) -> str:
 # ───────────────────────────────────────── command line ────────────────────────────────────────
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """A whole number from `least`."""
-
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return int(text)
-
-    return number
-
-
-def layer_list(text: str) -> tuple[int, ...]:
-    """Comma-separated whole numbers."""
-    return tuple(int(part) for part in text.split(","))
-
-
-def dtype_name(text: str) -> str:
-    """A type that holds Gemma 3's states."""
-    if text == "float16":
-        raise argparse.ArgumentTypeError("Gemma 3's states pass float16's 65504; use bfloat16")
-    if text not in TEST_BOUNDS:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither bfloat16 nor float32")
-    return text
-
-
-SWITCH = {"action": "store_true"}
-FILE, COUNT = {"type": Path, "metavar": "DIR"}, {"type": at_least(1), "metavar": "N"}
-FLAGS = {
-    "data": {
-        "--vqa-dataset": (
-            "table with question_id, image_id (or image_name), question, answer (or gt_answer)",
-            {"type": Path, "metavar": "CSV", "required": True},
-        ),
-        "--images-dir": ("where image_id names a file", FILE | {"required": True}),
-        "--output-dir": ("where the part files go", FILE),
-    },
-    "model": {
-        "--model": ("name on the Hugging Face hub, or a local directory", {}),
-        "--revision": ("branch, tag or commit on the hub", {}),
-        "--cache-dir": ("where downloads are kept", FILE),
-        "--device": ("cuda, cpu or any torch device", {}),
-        "--device-map": ("auto spreads one model over several GPUs and the CPU", {}),
-        "--dtype": ("bfloat16 or float32", {"type": dtype_name}),
-    },
-    "what is extracted": {
-        "--layers": (
-            "comma-separated, negatives from the end (default: first, quarters and last)",
-            {"type": layer_list, "metavar": "I,J"},
-        ),
-        "--max-new-tokens": (
-            "limit of an answer; 0 generates none",
-            {"type": at_least(0), "metavar": "N"},
-        ),
-    },
-    "speed": {
-        "--batch-size": ("questions per forward pass", COUNT),
-        "--num-workers": ("threads that prepare images beside the model", COUNT),
-    },
-    "files": {
-        "--checkpoint-interval": ("samples per part file", COUNT),
-        "--storage-dtype": ("of the stored vectors", {"choices": ["float32", "bfloat16"]}),
-        "--compression": ("of the stored vectors", {"choices": ["none", "gzip", "lzf"]}),
-    },
-    "run": {
-        "--test": ("first 3 rows, then a report: checks, speed, time and disk for all", SWITCH),
-        "--overwrite": ("start afresh: delete what this program wrote there", SWITCH),
-        "--strict": ("stop at the first row that fails", SWITCH),
-    },
-}
-
-
 def make_parser() -> argparse.ArgumentParser:
-    """The command line; what is not given is as in `Options`."""
+    """The command line: a flag for every field of `Options`."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for flag, (text, kwargs) in flags.items():
-            default = getattr(Options, flag[2:].replace("-", "_"), None)
-            shown = "" if default in (None, False) else f" (default: {default})"
-            group.add_argument(flag, help=text + shown, **kwargs)
+    for option in dataclasses.fields(Options):
+        kwargs = dict(option.metadata)
+        if option.default is dataclasses.MISSING:
+            kwargs["required"] = True
+        else:
+            kwargs["default"] = option.default
+            if option.default not in (None, False):
+                kwargs["help"] += f" (default: {option.default})"
+        parser.add_argument(f"--{option.name.replace('_', '-')}", **kwargs)
     return parser
 
 
@@ -2012,9 +1833,8 @@ def main(argv: list[str] | None = None) -> int:
     options = Options(**vars(make_parser().parse_args([word for word in words if word])))
     rank = os.environ.get("RANK", "0")
     handler = logging.StreamHandler()
-    handler.setFormatter(
-        logging.Formatter("%(message)s" if rank == "0" else f"process {rank}: %(message)s")
-    )
+    prefix = "" if rank == "0" else f"process {rank}: "
+    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
     log.handlers = [handler]
     log.setLevel(logging.INFO if rank == "0" else logging.WARNING)
     try:

@@ -10,8 +10,8 @@ size), images read and parts written included; its columns say how many times as
     hidden      the same with `output_hidden_states=True`
     three       the vision tower, a pass with hidden states and `generate`, one after the other
 
-and where its time goes: waiting for images, in the model, waiting for the writer; beside it the
-share of the time that the threads for images and files were busy. Medians of `--pairs` pairs.
+and where its time goes: in the model, or waiting for images and files; beside it the share of the
+time that the threads for images and files were busy. Medians of `--pairs` pairs.
 On a card also the arithmetic that sharing leaves, as a fraction of the card's own matmul rate, and
 the card's idle time between batches.
 """
@@ -19,7 +19,6 @@ the card's idle time between batches.
 import argparse
 import contextlib
 import dataclasses
-import functools
 import itertools
 import logging
 import statistics
@@ -193,9 +192,7 @@ class Bench:
                 settings,
                 shapes,
                 prompts,
-                functools.partial(
-                    script.prepare_image, options=options, prompts=prompts, device=self.device
-                ),
+                self.device,
                 launch,
                 script.open_output(options, settings, shapes, rows, launch),
                 script.Progress(launch, len(rows), 0),
@@ -218,9 +215,8 @@ def measure_shares():
     seconds: dict[str, float] = {}
     steps = {
         "model": (script, "run_batch"),
-        "recorder": (script.Recorder, "put"),
-        "(images)": (script.Prompts, "share"),
-        "(files)": (script.Recorder, "_record"),
+        "(images)": (script, "prepare_image"),
+        "(files)": (script.Recorder, "record"),
     }
     originals = {name: getattr(*place) for name, place in steps.items()}
     events: list[torch.cuda.Event] = []
@@ -283,7 +279,7 @@ def count_flop(model, prompts: script.Prompts, rows: list[script.Row]) -> float:
     per_token = 2 * sum(p.numel() for p in model.model.language_model.layers.parameters())
     by_image: dict[str, list[int]] = {}
     for row in rows:
-        length = len(prompts.tokenize(row).input_ids)
+        length = len(prompts.tokenize(row.question))
         by_image.setdefault(row.image_id, []).append(length)
     shared = prompts.soft_stop + 1
     tokens = sum(shared + sum(n - shared for n in lengths) for lengths in by_image.values())
@@ -342,14 +338,13 @@ def report(args: argparse.Namespace, bench: Bench, found: dict[tuple, dict[str, 
     median = statistics.median
     print(f"{args.size}, {args.device.type}, {bench.model.dtype}, medians of {args.pairs} pairs")
     print("questions answer batch |   times as fast as    |  share of the time        threads")
-    print(" an image tokens  size | forward hidden  three | images model recorder  images files")
+    print(" an image tokens  size | forward hidden  three | model waiting  images files")
     for (questions, answers, batch_size), case in sorted(found.items()):
         ratios = [median(column) for column in zip(*case["ratios"])]
         share = {k: median(shares[k] for shares in case["shares"]) for k in case["shares"][0]}
-        waiting = 1 - share["model"] - share["recorder"]
         print(
             f"{questions:>9} {answers:>6} {batch_size:>5} | {ratios[0]:>7.2f} {ratios[1]:>6.2f} "
-            f"{ratios[2]:>6.2f} | {waiting:>6.0%} {share['model']:>5.0%} {share['recorder']:>8.0%} "
+            f"{ratios[2]:>6.2f} | {share['model']:>5.0%} {1 - share['model']:>7.0%} "
             f" {share['(images)']:>6.0%} {share['(files)']:>5.0%}"
         )
     print(f"peak memory {script.peak_memory(args.device)}")

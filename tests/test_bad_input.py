@@ -270,14 +270,14 @@ def test_failed_images_do_not_pile_up_before_they_are_counted():
     """A volume that goes away after row 1 must stop the run at image 25, not at the last one."""
     taken = 0
 
-    def failing_images():
+    def failing_rows():
         nonlocal taken
         while taken < 10_000:
             taken += 1
             row = script.Row(taken, str(taken), f"{taken}.png", Q, "")
-            yield script.SharedImage([row], {row.question_id: "it is missing"}, [])
+            yield script.Failure(row, "it is missing")
 
-    next(script.make_batches(failing_images(), 8))
+    next(script.make_batches(failing_rows(), 8))
     assert taken <= script.MAX_FAILED_IMAGES
 
 

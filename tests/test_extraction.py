@@ -84,21 +84,14 @@ def run_all(extractor, batch_size, rows=None):
     ordered = [
         row for part in script.plan_parts(rows or make_rows(), 10**9).values() for row in part
     ]
-    images = script.prepare_ahead(iter(ordered), prepare, num_workers=2, ahead=batch_size)
+    items = script.prepare_ahead(iter(ordered), prepare, num_workers=2, ahead=batch_size)
     found = {}
-    for batch in script.make_batches(images, batch_size):
-        assert not batch.failures
-        for result in script.run_batch(extractor, batch.chunks, batch.failures):
-            result.wait()
-            vectors = [states.split(list(shapes.values())) for states in result.states]
-            found |= {
-                prompt.row.question_id: (
-                    dict(zip(shapes, vectors[i])),
-                    result.answers[i],
-                    result.truncated[i],
-                )
-                for i, prompt in enumerate(result.prompts)
-            }
+    for batch in script.make_batches(items, batch_size):
+        for sample in script.run_batch(extractor, batch):
+            sample.wait()
+            vectors = dict(zip(shapes, sample.states.split(list(shapes.values()))))
+            outcome = (vectors, sample.answer, sample.is_truncated)
+            found[sample.prompt.row.question_id] = outcome
     return found
 
 
@@ -136,7 +129,7 @@ def test_tokens_are_the_processors_own(processor, references):
     prompts = script.Prompts(processor)
     for row in make_rows():
         input_ids = references[row.question_id]["input_ids"]
-        assert prompts.tokenize(row).input_ids == input_ids
+        assert prompts.tokenize(row.question) == input_ids
         assert input_ids.count(processor.tokenizer.bos_token_id) == 1
 
 
@@ -145,15 +138,15 @@ def break_soft_pos(monkeypatch, extractor):
     monkeypatch.setattr(
         script.Captured,
         "__init__",
-        lambda self, layout, soft_pos: original(self, layout, soft_pos - 1),
+        lambda self, *fields: original(self, *fields[:-1], fields[-1] - 1),
     )
 
 
 def break_query_pos(monkeypatch, extractor):
     original = script.lay_out
 
-    def broken(*args, **kwargs):
-        layout = original(*args, **kwargs)
+    def broken(*args):
+        layout = original(*args)
         spans = [(row, start, stop - 1) for row, start, stop in layout.spans]
         return dataclasses.replace(layout, spans=spans)
 
@@ -171,7 +164,7 @@ def break_bos(monkeypatch, extractor):
 def break_image_mask(monkeypatch, extractor):
     original = script.lay_out
     monkeypatch.setattr(
-        script, "lay_out", lambda chunks, _, **kwargs: original(chunks, -1, **kwargs)
+        script, "lay_out", lambda by_image, num_before, _: original(by_image, num_before, -1)
     )
 
 
@@ -191,8 +184,8 @@ def break_window(monkeypatch, extractor):
 def break_positions(monkeypatch, extractor):
     original = script.lay_out
 
-    def broken(*args, **kwargs):
-        layout = original(*args, **kwargs)
+    def broken(*args):
+        layout = original(*args)
         layout.query[:, :, 0] = torch.arange(layout.query.shape[1])
         return layout
 
@@ -255,7 +248,7 @@ def test_each_image_and_each_token_is_run_once(model, processor):
         for handle in handles:
             handle.remove()
     assert sum(images) == len({row.image_id for row in rows})
-    lengths = [len(extractor.prompts.tokenize(row).input_ids) for row in rows]
+    lengths = [len(extractor.prompts.tokenize(row.question)) for row in rows]
     assert sum(tokens) < sum(lengths) - (len(rows) - 8) * 260
 
 
@@ -343,12 +336,11 @@ def test_soft_tokens_must_be_one_run():
 
 def test_every_special_token_is_refused_in_a_question(processor):
     prompts = script.Prompts(processor)
-    row = make_rows()[0]
     special = [t.content for t in processor.tokenizer.added_tokens_decoder.values() if t.special]
     assert {"<bos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>"} <= set(special)
     for token in special:
         with pytest.raises(script.RowError, match="special tokens") as error:
-            prompts.tokenize(dataclasses.replace(row, question=f"what is {token} there?"))
+            prompts.tokenize(f"what is {token} there?")
         assert token in str(error.value)
 
 
@@ -358,9 +350,3 @@ def test_default_layers_come_from_the_model():
     assert script.choose_layers((-1, 3, 3), 8) == [3, 7]
     with pytest.raises(script.ExtractionError, match="layers 0 to 7"):
         script.choose_layers((8,), 8)
-
-
-def test_rows_move_only_into_gaps():
-    assert script.close_gaps([0, 2, 3, 5]) == [0, 5, 2, 3]
-    assert script.close_gaps([4, 5]) == [5, 4]
-    assert script.close_gaps([0, 1]) == [0, 1]

@@ -66,11 +66,11 @@ import itertools, sys, time
 sys.path.insert(0, sys.argv.pop(1))
 import run_gemma3_extraction as script
 run, calls = script.Extractor.run, itertools.count(1)
-def stuck(self, chunks):
+def stuck(self, prompts):
     if next(calls) == 6:
         print("stuck", flush=True)
         time.sleep(3600)
-    return run(self, chunks)
+    return run(self, prompts)
 script.Extractor.run = stuck
 raise SystemExit(script.main(sys.argv[1:]))
 """
@@ -105,11 +105,11 @@ def test_a_signal_costs_nothing_that_was_computed(in_process, monkeypatch, signu
     """It comes while batch 6 is at work: six samples are stored, a part and a half."""
     run, calls = script.Extractor.run, []
 
-    def struck(self, chunks):
-        calls.append(chunks)
+    def struck(self, prompts):
+        calls.append(prompts)
         if len(calls) == 6:
             os.kill(os.getpid(), signum)
-        return run(self, chunks)
+        return run(self, prompts)
 
     monkeypatch.setattr(script.Extractor, "run", struck)
     status, stderr = in_process()
@@ -155,9 +155,9 @@ def test_too_little_memory_halves_the_batch(in_process, monkeypatch, tmp_path, f
     assert in_process(output_dir=tmp_path / "plain")[0] == 0
     run, sizes = script.Extractor.run, []
 
-    def run_in_little_memory(self, chunks):
-        sizes.append(sum(len(chunk.prompts) for chunk in chunks))
-        result = run(self, chunks) if fails_late or sizes[-1] <= 2 else None
+    def run_in_little_memory(self, prompts):
+        sizes.append(len(prompts))
+        result = run(self, prompts) if fails_late or sizes[-1] <= 2 else None
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return result
@@ -174,10 +174,10 @@ def test_too_little_memory_halves_the_batch(in_process, monkeypatch, tmp_path, f
 def test_a_row_that_does_not_fit_alone_fails(in_process, monkeypatch, tmp_path):
     run = script.Extractor.run
 
-    def run_in_little_memory(self, chunks):
-        if any(p.row.index == 5 for chunk in chunks for p in chunk.prompts):
+    def run_in_little_memory(self, prompts):
+        if any(prompt.row.index == 5 for prompt in prompts):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return run(self, chunks)
+        return run(self, prompts)
 
     monkeypatch.setattr(script.Extractor, "run", run_in_little_memory)
     assert in_process("--batch-size", "4")[0] == 3

@@ -32,7 +32,7 @@ def write_part(path, rows, compression="none", storage_dtype="float32"):
     writer = script.PartWriter(path, {"storage_dtype": storage_dtype}, compression)
     for row in rows:
         writer.add(row, make_states(row.index), f"answer {row.index}", ATTRIBUTES)
-    writer.finish(is_attempted_whole=True)
+    writer.finish()
 
 
 def make_row(index, question_id=None):
@@ -82,7 +82,9 @@ def test_a_part_takes_over_what_was_there(tmp_path):
     write_part(path, [make_row(2)])
     attributes, texts = script.read_part(path, SHAPES)
     assert attributes["num_samples"] == 3
-    assert texts == {str(i): (f"q{i}", "a.png", "NA") for i in range(3)}
+    assert texts == {
+        str(i): {"question": f"q{i}", "image_id": "a.png", "answer": "NA"} for i in range(3)
+    }
     with h5py.File(path) as file:
         np.testing.assert_array_equal(
             file["1/vision_only_representation"], make_states(1)["vision_representation"]
@@ -94,17 +96,23 @@ def test_nothing_is_there_before_it_is_whole(tmp_path):
     writer = script.PartWriter(path, {"storage_dtype": "float32"}, "none")
     writer.add(make_row(0), make_states(), "", {})
     assert not list(tmp_path.glob("*.h5"))
-    writer.finish(is_attempted_whole=False)
+    writer.finish()
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_part_whose_rows_all_failed_is_written_empty(tmp_path):
     path = tmp_path / "a.h5"
-    for is_attempted_whole in (False, True):
-        writer = script.PartWriter(path, {"storage_dtype": "float32"}, "none")
-        writer.finish(is_attempted_whole=is_attempted_whole)
-        assert path.exists() == is_attempted_whole
+    script.PartWriter(path, {"storage_dtype": "float32"}, "none").finish()
     assert script.read_part(path, SHAPES)[0]["num_samples"] == 0
+
+
+def test_a_part_that_gained_nothing_stays_as_it_was(tmp_path):
+    path = tmp_path / "a.h5"
+    write_part(path, [make_row(0)])
+    before = path.read_bytes()
+    write_part(path, [])
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def damage_count(file):
