@@ -674,15 +674,16 @@ class Extractor:
 
     def _prefill(self, by_image: list[list[Prompt]], num_before: int) -> Prefill:
         """Run prompts once; `num_before` prompts of the batch have been."""
-        images = [prompts[0].image for prompts in by_image]
+        images, last_prompt = [prompts[0].image for prompts in by_image], by_image[-1][-1]
         past = images[0].key_values
         new_images = images if past is None else []
         layout = lay_out(by_image, num_before, self.prompts.tokenizer.image_token_id)
-        query, key = (t.to(self.device, non_blocking=True) for t in (layout.query, layout.key))
-        cache = KeyValueCache(past or ())
-        captured = Captured(
-            layout.spans, [image.num_shared for image in new_images], self.prompts.soft_stop - 1
-        )
+        query, key = (put(places, self.device) for places in (layout.query, layout.key))
+        cache = None  # which takes more than all else; needed for answers, and for prompts to come
+        if past or self.max_new_tokens or not last_prompt.is_last:
+            cache = KeyValueCache(past or ())
+        num_shared = [image.num_shared for image in new_images]
+        captured = Captured(layout.spans, num_shared, self.prompts.soft_stop - 1)
         hooks = [(layer, captured.on_layer) for layer in self._layers]
         if new_images:
             hooks.append((self._vision_tower, captured.on_patches))
@@ -692,27 +693,31 @@ class Extractor:
                 attention_mask=attention_masks(query, key, self._window),
                 position_ids=query[:, :, 0],
                 past_key_values=cache,
-                use_cache=True,
+                use_cache=cache is not None,
             ).last_hidden_state  # [rows, length, D], normed
-        if new_images:
-            by_layer = self._by_layer(captured.soft), self._by_layer(captured.shared_sum)
-            for image, *states in zip(images, captured.patches.to(self.device), *by_layer):
-                image.states = tuple(states)
-        if by_image[-1][-1].is_last:
-            images[-1].key_values = None
+        self._keep(new_images, captured)
+        if last_prompt.is_last:
+            last_prompt.image.key_values = None
         elif past is None:
-            layers = (cache.layer(i) for i in range(len(self._decoder.layers)))
-            num_shared = images[-1].num_shared
-            images[-1].key_values = [
-                tuple(t[-1:, :, :num_shared].clone() for t in pair) for pair in layers
-            ]
+            last_prompt.image.key_values = self._prefix(last_prompt.image, cache)
         states = self._states(list(itertools.chain.from_iterable(by_image)), captured)
         last = torch.stack([hidden[row, stop - 1] for row, _, stop in layout.spans])
         return Prefill(states, last, cache, key)
 
+    def _keep(self, new_images: list[SharedImage], captured: Captured) -> None:
+        if new_images:
+            by_layer = self._by_layer(captured.soft), self._by_layer(captured.shared_sum)
+            for image, *states in zip(new_images, captured.patches.to(self.device), *by_layer):
+                image.states = tuple(states)
+
+    def _prefix(self, image: SharedImage, cache: KeyValueCache) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the shared tokens of a pass's last image."""
+        layers = (cache.layer(i) for i in range(len(self._decoder.layers)))
+        return [tuple(t[-1:, :, : image.num_shared].clone() for t in pair) for pair in layers]
+
     def _embed(self, input_ids: Tensor, new_images: list[SharedImage]) -> Tensor:
         """Embeddings of a pass, [rows, length, D], the images' in place of their soft tokens."""
-        embeds = self._decoder.embed_tokens(input_ids.to(self.device, non_blocking=True))
+        embeds = self._decoder.embed_tokens(put(input_ids, self.device))
         if new_images:
             pixel_values = torch.stack(
                 [image.pixel_values.to(self.device, non_blocking=True) for image in new_images]
@@ -729,7 +734,7 @@ class Extractor:
         """Every vector of every question, side by side in the order of `state_shapes`."""
         shared = zip(*(prompt.image.states for prompt in prompts), strict=True)
         patches, soft, shared_sum = map(torch.stack, shared)  # [questions, D_v], [.., layers, D]
-        lengths = _put([len(prompt.input_ids) for prompt in prompts], self.device)[:, None, None]
+        lengths = put([len(prompt.input_ids) for prompt in prompts], self.device)[:, None, None]
         mean = (shared_sum + self._by_layer(captured.own_sum)) / lengths
         by_layer = (soft, self._by_layer(captured.query), mean)
         return torch.cat([patches, *(vectors.flatten(1) for vectors in by_layer)], dim=1)
@@ -741,12 +746,12 @@ class Extractor:
         sees its own prompt and answer, and leaves the row as it ends.
         """
         cache, key = self._pack(passes)
-        pos = _put([len(prompt.input_ids) for prompt in prompts], self.device)
+        pos = put([len(prompt.input_ids) for prompt in prompts], self.device)
         live = list(range(len(prompts)))
-        question = _put(live, self.device)
+        question = put(live, self.device)
         query = torch.stack([pos, question, question, 0 * pos], dim=-1)[None]  # [1, live, 4]
         hidden = torch.cat([done.last for done in passes])  # [live, D]
-        next_pos = _put([1, 0, 0, 0], self.device)
+        next_pos = put([1, 0, 0, 0], self.device)
         answers: list[list[int]] = [[] for _ in prompts]
         while True:
             tokens = self.model.lm_head(hidden).argmax(-1).to(self.device)  # [live]
@@ -781,7 +786,9 @@ class Extractor:
         key_values = []
         for layer_idx in range(len(self._decoder.layers)):
             pairs = [pop(prefill, layer_idx) for prefill in passes]
-            key_values.append(tuple(torch.cat(t, dim=1)[None] for t in zip(*pairs, strict=True)))
+            packed = (torch.cat(tensors, dim=1)[None] for tensors in zip(*pairs, strict=True))
+            # What attention ignores it multiplies by 0, which NaN survives: none may be there.
+            key_values.append(tuple(tensor.nan_to_num_(0, 0, 0) for tensor in packed))
         key = torch.cat([prefill.key.flatten(0, 1) for prefill in passes])[None]
         return KeyValueCache(key_values), key
 
@@ -792,9 +799,12 @@ def count_tokens(prompts: list[Prompt]) -> int:
     return num_shared + sum(len(prompt.input_ids) - num_shared for prompt in prompts)
 
 
-def _put(numbers: list[int], device: torch.device) -> Tensor:
-    """A tensor on the device, without the wait that `torch.tensor(..., device=...)` brings."""
-    return torch.tensor(numbers).to(device, non_blocking=True)
+def put(values: Tensor | list[int], device: torch.device) -> Tensor:
+    """A tensor on the device; from pinned memory, as any other copy waits for the device."""
+    tensor = torch.as_tensor(values)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _mark(device: torch.device) -> Callable[[], None]:

@@ -252,6 +252,27 @@ def test_each_image_and_each_token_is_run_once(model, processor):
     assert sum(tokens) < sum(lengths) - (len(rows) - 8) * 260
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_prompt_gone_wrong_spoils_no_other(model, processor, references, monkeypatch, value):
+    """An image whose states are not finite, in a batch with others: those come out as ever."""
+    original = script.Prompts.pixels
+
+    def spoil(self, image):
+        return original(self, image) * (value if image.size == (640, 120) else 1)
+
+    monkeypatch.setattr(script.Prompts, "pixels", spoil)
+    found = run_all(make_extractor(model, processor), 64)
+    wrong = {q for q, (vectors, _, _) in found.items() if not finite(vectors)}
+    assert wrong == {row.question_id for row in make_rows() if row.image_id == "wide.jpg"}
+    for question_id in found.keys() - wrong:
+        assert found[question_id][1] == references[question_id]["answer"]
+    assert worst_error({q: found[q] for q in found.keys() - wrong}, references) < 1e-4
+
+
+def finite(vectors):
+    return all(vector.isfinite().all() for vector in vectors.values())
+
+
 def count_hooks(model):
     return sum(len(module._forward_hooks) for module in model.modules())
 
