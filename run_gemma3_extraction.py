@@ -1747,20 +1747,23 @@ def compare_with_plain(
     return input_ids == prompt.input_ids, float(errors.max()), effect
 
 
-def time_rows(run: Run, extractor: Extractor, prompt: Prompt, rows: list[Row]) -> float:
-    """Seconds a row: a batch or more of `prompt`, as many times an image as `rows` have."""
-    batch_size, prompts = run.options.batch_size, []
+def time_rows(
+    run: Run, extractor: Extractor, tried: list[Prompt], rows: list[Row]
+) -> tuple[float, float]:
+    """Seconds and answer tokens a row: a batch of those `tried`, as many an image as in `rows`."""
+    batch_size, timed = run.options.batch_size, []
     each = min(round(len(rows) / len({row.image_id for row in rows})), max(batch_size, 16))
-    while len(prompts) < batch_size:
-        image = SharedImage(prompt.image.pixel_values, run.prompts.soft_stop)
-        prompts += [
-            dataclasses.replace(prompt, image=image, is_last=k == each) for k in range(1, each + 1)
-        ]
-    begin = time.monotonic()
-    for batch in make_batches(prompts, batch_size):
+    again = itertools.cycle(tried)
+    while len(timed) < max(batch_size, len(tried)):
+        image = SharedImage(next(again).image.pixel_values, run.prompts.soft_stop)
+        for left in reversed(range(each)):
+            timed.append(dataclasses.replace(next(again), image=image, is_last=left == 0))
+    begin, num_tokens = time.monotonic(), 0
+    for batch in make_batches(timed, batch_size):
         for sample in extractor.run(batch):
             sample.wait()
-    return (time.monotonic() - begin) / len(prompts)
+            num_tokens += len(sample.answer)
+    return (time.monotonic() - begin) / len(timed), num_tokens / len(timed)
 
 
 def report_test(run: Run, extractor: Extractor, rows: list[Row]) -> bool:
@@ -1793,14 +1796,15 @@ def report_test(run: Run, extractor: Extractor, rows: list[Row]) -> bool:
         print(f"{'ok  ' if is_well else 'FAIL'}  {what}")
     versions = [f"{name} {run.settings[f'{name}_version']}" for name in ("torch", "transformers")]
     print(f"      {', '.join(versions)}; {options.dtype} on {run.settings['device']}")
-    hours = time_rows(run, extractor, tried[0][0], rows) * len(rows) / 3600 / run.launch.world_size
+    seconds, num_tokens = time_rows(run, extractor, [about[0] for about in tried], rows)
     print(f"      peak memory {peak_memory(run.device)}")
     size = len(rows) * bytes_per_sample(run.shapes, options.storage_dtype) / 1e9
     free = shutil.disk_usage(options.output_dir).free / 1e9
-    num_images = len({row.image_id for row in rows})
+    print(f"      the whole CSV takes {size:.2f} GB; {free:.0f} GB are free")
+    rate, num_images = run.launch.world_size / seconds, len({row.image_id for row in rows})
     print(
-        f"      the whole CSV, {len(rows)} rows about {num_images} images: {hours:.2f} h at "
-        f"{len(rows) / hours / 3600:.2f} samples/s, {size:.2f} GB of {free:.0f} GB free"
+        f"      {len(rows)} rows about {num_images} images take {len(rows) / rate / 3600:.2f} h at "
+        f"{rate:.2f} samples/s, if answers have {num_tokens:.0f} tokens as here"
     )
     return all(checks.values())
 
