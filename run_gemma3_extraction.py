@@ -89,6 +89,8 @@ IDENTITY = (
     *("model_name", "model_revision", "dtype", "layers", "max_new_tokens", "prompt"),
     *("checkpoint_interval", "storage_dtype"),
 )
+# What h5py raises for a broken file.
+DAMAGE = (OSError, RuntimeError, LookupError, AttributeError, TypeError, ValueError)
 MAX_FAILED_IMAGES = 25  # different images in a row: then something is wrong with all of them
 MAX_PADDING = 0.125  # of a forward pass; images of too different lengths go in passes of their own
 SAMPLE_OVERHEAD = 12_288  # bytes that HDF5 takes for a sample's groups, names and texts
@@ -105,10 +107,6 @@ class ExtractionError(Exception):
 
 class RowError(ValueError):
     """One row cannot be extracted; the message says why."""
-
-
-class DamagedPart(ValueError):
-    """A part file that does not hold what it should; the message says what."""
 
 
 # ─────────────────────────────────────────── options ───────────────────────────────────────────
@@ -1068,39 +1066,24 @@ class PartWriter:
         self._partial.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def tell_damage(path: Path) -> Iterator[None]:
-    """Turn what h5py raises into DamagedPart, unless it is the system that denies the file."""
-    try:
-        yield
-    except (OSError, RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
-        if getattr(error, "errno", None) is not None:
-            raise ExtractionError(
-                f"{path} cannot be read: {error} | close the program that has it open"
-            ) from error
-        raise DamagedPart(str(error)) from error
+def read_part(path: Path, settings: dict, shapes: dict[str, int]) -> dict[str, dict[str, str]]:
+    """What the CSV said of each sample of a finished part, by question_id; all of it is checked.
 
-
-def read_attributes(path: Path) -> dict:
-    """A part's root attributes. Raises DamagedPart."""
-    with tell_damage(path), h5py.File(path) as file:
-        return {
+    Raises one of DAMAGE: it does not open, or something in it is missing, misshapen or not finite;
+    ExtractionError: it was written with other settings.
+    """
+    with h5py.File(path) as file:
+        attributes = {
             name: value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
             for name, value in file.attrs.items()
         }
-
-
-def read_part(path: Path, shapes: dict[str, int]) -> tuple[dict, dict[str, dict[str, str]]]:
-    """A finished part's attributes, and what the CSV said of each sample, by question_id.
-
-    Raises DamagedPart: it does not open, or a sample is incomplete, misshapen or not finite.
-    """
-    attributes = read_attributes(path)
-    with tell_damage(path), h5py.File(path) as file:
-        if attributes.get("num_samples") != len(file):
-            raise DamagedPart(f"{len(file)} samples; expected {attributes.get('num_samples')}")
+        if absent := settings.keys() - attributes.keys():
+            raise ValueError(f"its attributes {sorted(absent)} are gone")
+        check_same("settings", path, attributes, {k: settings[k] for k in IDENTITY})
+        if attributes["num_samples"] != len(file):
+            raise ValueError(f"{len(file)} samples; expected {attributes['num_samples']}")
         groups = [file[name] for name in file]  # file.values() holds h5py's lock while it waits
-        return attributes, {g.attrs["question_id"]: _check_sample(g, shapes) for g in groups}
+        return {group.attrs["question_id"]: _check_sample(group, shapes) for group in groups}
 
 
 def _check_sample(group: h5py.Group, shapes: dict[str, int]) -> dict[str, str]:
@@ -1135,12 +1118,12 @@ def scan_parts(output_dir: Path, settings: dict, shapes: dict, rows: list[Row]) 
     by_id = {row.question_id: row for row in rows}
     for path in find_parts(output_dir):
         try:
-            attributes = read_attributes(path)
-            if absent := settings.keys() - attributes.keys():
-                raise DamagedPart(f"its attributes {sorted(absent)} are gone")
-            check_same("settings", path, attributes, {k: settings[k] for k in IDENTITY})
-            _, texts = read_part(path, shapes)
-        except DamagedPart as error:
+            texts = read_part(path, settings, shapes)
+        except DAMAGE as error:
+            if getattr(error, "errno", None) is not None:  # the system denies the file
+                raise ExtractionError(
+                    f"{path} cannot be read: {error} | close the program that has it open"
+                ) from error
             aside = path.with_suffix(f".damaged-{uuid.uuid4().hex[:8]}")
             os.replace(path, aside)
             log.warning("%s is damaged (%s): set aside as %s", path, error, aside.name)
@@ -1164,24 +1147,23 @@ def check_same(what: str, path: Path, stored: dict, current: dict) -> None:
         )
 
 
-def read_failures(output_dir: Path) -> dict[str, tuple[str, str]]:
-    """image_id and error by question_id, from `failed_samples.csv`."""
-    path = output_dir / FAILED_NAME
-    if not path.exists():
-        return {}
-    with open(path, encoding="utf-8", errors="replace", newline="") as file:
-        lines = list(csv.reader(file.read().splitlines(keepends=True)))[1:]
-    return {line[0]: (line[1], line[2]) for line in lines if len(line) == 3}
+def update_failures(
+    output_dir: Path, is_open: Callable[[str], bool], new: Iterable[Failure] = ()
+) -> None:
+    """Keep of `failed_samples.csv` the question_ids that are still open, and add new ones.
 
-
-def write_failures(output_dir: Path, failures: dict[str, tuple[str, str]]) -> None:
-    """Replace `failed_samples.csv`; no failures, no file."""
-    path = output_dir / FAILED_NAME
-    if not failures:
+    No failures, no file.
+    """
+    path, lines = output_dir / FAILED_NAME, []
+    if path.exists():
+        with open(path, encoding="utf-8", errors="replace", newline="") as file:
+            lines = list(csv.reader(file.read().splitlines(keepends=True)))[1:]
+    lines = [line for line in lines if len(line) == 3 and is_open(line[0])]
+    lines += [[f.row.question_id, f.row.image_id, f.error] for f in new]
+    if not lines:
         return path.unlink(missing_ok=True)
     partial = path.with_suffix(".partial")
     with open(partial, "w", encoding="utf-8", newline="") as file:
-        lines = ((question_id, *rest) for question_id, rest in failures.items())
         csv.writer(file).writerows([("question_id", "image_id", "error"), *lines])
     replace_file(path, partial)
 
@@ -1319,8 +1301,7 @@ def open_output(options: Options, settings: dict, shapes: dict, rows: list[Row],
             remove_files(output_dir, everything=options.overwrite)
             stored = scan_parts(output_dir, settings, shapes, rows)
             missing = {row.question_id for row in rows} - stored
-            failures = read_failures(output_dir)
-            write_failures(output_dir, {q: f for q, f in failures.items() if q in missing})
+            update_failures(output_dir, lambda question_id: question_id in missing)
             lock.share()
         else:
             stored = set().union(*map(stored_ids, find_parts(output_dir)))
@@ -1541,13 +1522,9 @@ class Recorder:
                 outcome = Failure(outcome.prompt.row, "its states are not finite")
         is_failure = isinstance(outcome, Failure)
         row = outcome.row if is_failure else outcome.prompt.row
-        if self._writer is None or self._run.work.part_of[row] != self._number:
-            self._finish_part()
-            self._open_part(self._run.work.part_of[row])
+        self._open_part(self._run.work.part_of[row])
         self._outcomes[row.question_id] = outcome if is_failure else None
-        if is_failure:
-            self._failed_images.add(row.image_id)
-        else:
+        if not is_failure:
             self._add(outcome)
             self._failed_images.clear()
         self._run.progress.update(int(not is_failure), int(is_failure))
@@ -1557,9 +1534,11 @@ class Recorder:
             self._finish_part()
 
     def _open_part(self, number: int) -> None:
-        self._number = number
-        path = part_path(self._run.options.output_dir, number)
-        self._writer = PartWriter(path, self._run.settings, self._run.options.compression)
+        if self._writer is None or number != self._number:
+            self._finish_part()
+            path = part_path(self._run.options.output_dir, number)
+            self._writer = PartWriter(path, self._run.settings, self._run.options.compression)
+            self._number = number
 
     def _add(self, sample: Sample) -> None:
         prompts, prompt = self._run.prompts, sample.prompt
@@ -1576,6 +1555,7 @@ class Recorder:
 
     def _check_failures(self, failure: Failure) -> None:
         """Raise ExtractionError if this one is one too many."""
+        self._failed_images.add(failure.row.image_id)
         last = f"question_id {failure.row.question_id!r}"
         if self._run.options.strict:
             raise ExtractionError(f"--strict: {last} failed: {failure.error}")
@@ -1590,12 +1570,12 @@ class Recorder:
             return
         self._writer.finish()
         self._writer = None
-        output_dir, outcomes = self._run.options.output_dir, self._outcomes
         with self._run.work.lock.alone():
-            known = read_failures(output_dir)
-            kept = {q: rest for q, rest in known.items() if q not in outcomes}
-            failed = {q: (f.row.image_id, f.error) for q, f in outcomes.items() if f is not None}
-            write_failures(output_dir, kept | failed)
+            update_failures(
+                self._run.options.output_dir,
+                lambda question_id: question_id not in self._outcomes,
+                filter(None, self._outcomes.values()),
+            )
         self._outcomes = {}
 
 

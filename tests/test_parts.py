@@ -1,5 +1,6 @@
 """Part files: names, types, and what becomes of them."""
 
+import csv
 import urllib.parse
 
 import h5py
@@ -28,8 +29,11 @@ def make_states(seed=0, scale=1e5):
     }
 
 
+SETTINGS = dict.fromkeys(script.IDENTITY, "as ever") | {"storage_dtype": "float32"}
+
+
 def write_part(path, rows, compression="none", storage_dtype="float32"):
-    writer = script.PartWriter(path, {"storage_dtype": storage_dtype}, compression)
+    writer = script.PartWriter(path, SETTINGS | {"storage_dtype": storage_dtype}, compression)
     for row in rows:
         writer.add(row, make_states(row.index), f"answer {row.index}", ATTRIBUTES)
     writer.finish()
@@ -80,12 +84,11 @@ def test_a_part_takes_over_what_was_there(tmp_path):
     path = tmp_path / "a.h5"
     write_part(path, [make_row(0), make_row(1)])
     write_part(path, [make_row(2)])
-    attributes, texts = script.read_part(path, SHAPES)
-    assert attributes["num_samples"] == 3
-    assert texts == {
+    assert script.read_part(path, SETTINGS, SHAPES) == {
         str(i): {"question": f"q{i}", "image_id": "a.png", "answer": "NA"} for i in range(3)
     }
     with h5py.File(path) as file:
+        assert file.attrs["num_samples"] == 3
         np.testing.assert_array_equal(
             file["1/vision_only_representation"], make_states(1)["vision_representation"]
         )
@@ -93,7 +96,7 @@ def test_a_part_takes_over_what_was_there(tmp_path):
 
 def test_nothing_is_there_before_it_is_whole(tmp_path):
     path = tmp_path / "a.h5"
-    writer = script.PartWriter(path, {"storage_dtype": "float32"}, "none")
+    writer = script.PartWriter(path, SETTINGS, "none")
     writer.add(make_row(0), make_states(), "", {})
     assert not list(tmp_path.glob("*.h5"))
     writer.finish()
@@ -102,8 +105,10 @@ def test_nothing_is_there_before_it_is_whole(tmp_path):
 
 def test_a_part_whose_rows_all_failed_is_written_empty(tmp_path):
     path = tmp_path / "a.h5"
-    script.PartWriter(path, {"storage_dtype": "float32"}, "none").finish()
-    assert script.read_part(path, SHAPES)[0]["num_samples"] == 0
+    script.PartWriter(path, SETTINGS, "none").finish()
+    assert script.read_part(path, SETTINGS, SHAPES) == {}
+    with h5py.File(path) as file:
+        assert file.attrs["num_samples"] == 0
 
 
 def test_a_part_that_gained_nothing_stays_as_it_was(tmp_path):
@@ -141,16 +146,32 @@ def damage_id(file):
 )
 def test_damage_is_seen(tmp_path, damage):
     write_part(tmp_path / "a.h5", [make_row(0)])
-    script.read_part(tmp_path / "a.h5", SHAPES)
+    script.read_part(tmp_path / "a.h5", SETTINGS, SHAPES)
     with h5py.File(tmp_path / "a.h5", "r+") as file:
         damage(file)
-    with pytest.raises(script.DamagedPart):
-        script.read_part(tmp_path / "a.h5", SHAPES)
+    with pytest.raises(script.DAMAGE):
+        script.read_part(tmp_path / "a.h5", SETTINGS, SHAPES)
+
+
+def test_other_settings_are_not_damage(tmp_path):
+    write_part(tmp_path / "a.h5", [make_row(0)])
+    with pytest.raises(script.ExtractionError, match="layers was 'as ever' and is 'others'"):
+        script.read_part(tmp_path / "a.h5", SETTINGS | {"layers": "others"}, SHAPES)
+
+
+def read_failures(directory):
+    with open(directory / "failed_samples.csv", encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
 
 
 def test_failures_come_back_and_go_away(tmp_path):
-    failures = {"a,b": ("x.png", 'said "no"\nand more'), "ключ": ("", "")}
-    script.write_failures(tmp_path, failures)
-    assert script.read_failures(tmp_path) == failures
-    script.write_failures(tmp_path, {})
+    rows = [make_row(0, "a,b"), make_row(1, "ключ"), make_row(2, "c")]
+    failures = [script.Failure(row, f'said "no"\nto {row.index}') for row in rows]
+    header = ["question_id", "image_id", "error"]
+    lines = [[row.question_id, "a.png", f'said "no"\nto {row.index}'] for row in rows]
+    script.update_failures(tmp_path, None, failures[:2])
+    assert read_failures(tmp_path) == [header, *lines[:2]]
+    script.update_failures(tmp_path, lambda question_id: question_id != "a,b", failures[2:])
+    assert read_failures(tmp_path) == [header, *lines[1:]]
+    script.update_failures(tmp_path, lambda _: False)
     assert not list(tmp_path.iterdir())
