@@ -84,7 +84,7 @@ def run_all(extractor, batch_size, rows=None):
     ordered = [
         row for part in script.plan_parts(rows or make_rows(), 10**9).values() for row in part
     ]
-    items = script.prepare_ahead(iter(ordered), prepare, num_workers=2, ahead=batch_size)
+    items = script.prepare_ahead(ordered, prepare, num_workers=2, num_images=4)
     found = {}
     for batch in script.make_batches(items, batch_size):
         for sample in script.run_batch(extractor, batch):

@@ -124,6 +124,33 @@ def test_a_signal_costs_nothing_that_was_computed(in_process, monkeypatch, signu
     assert "Extracted 6 of 12 samples (0 failed, 6 already done)" in stderr
 
 
+def workers_of(launcher):
+    """The processes that torchrun has started."""
+    path = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    return [int(pid) for pid in path.read_text().split()]
+
+
+def test_one_of_two_processes_is_killed_and_three_go_on(tmp_path):
+    csv_path, out = write_csv(tmp_path / "rows.csv", 60), tmp_path / "out"
+
+    def launch(num_processes, output_dir):
+        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={num_processes}"]
+        python, *script_and_flags = command(csv_path, output_dir)
+        return start([python, *torchrun, *script_and_flags], tmp_path / "stderr.txt")
+
+    process = launch(2, out)
+    assert wait_for(lambda: list(out.glob("*.h5")) and len(workers_of(process)) == 2, process)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    assert process.wait(PATIENCE) != 0
+    stored = check_parts(out, sample_shapes(out))
+    assert 0 < len(stored) < 57
+    assert launch(3, out).wait(PATIENCE) != 0  # a launcher's own code: three rows have no image
+    assert run_to_the_end(csv_path, tmp_path / "alone")[0] == 3
+    assert_same_samples(read_samples(out), read_samples(tmp_path / "alone"))
+    assert read_failed(out) == read_failed(tmp_path / "alone")
+    assert not list(out.glob("*.partial"))
+
+
 # ───────────────────────────────────── memory and the device ─────────────────────────────────────
 
 
