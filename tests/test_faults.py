@@ -154,15 +154,6 @@ def test_one_of_two_processes_is_killed_and_three_go_on(tmp_path):
 # ───────────────────────────────────── memory and the device ─────────────────────────────────────
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two busy cores and a tiny model: threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def in_process(tmp_path, capsys):
     """Run the program in this process on 12 rows: its status and stderr."""
