@@ -28,7 +28,7 @@ HEADER = ("question_id", "image_id", "question", "answer")
 STATUS = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
 DONE = 3  # every row has its outcome: one in 20 has an image that is not there
 PATIENCE = 600  # seconds, on a machine that has better things to do
-MEMORY_ROWS, MEMORY_LIMIT = (500, 3000), 50  # MB
+MEMORY_ROWS, MEMORY_LIMIT = (1500, 5000), 50  # MB
 
 
 def write_csv(path: Path, num_rows: int, missing_every: int = 20) -> Path:
