@@ -11,13 +11,10 @@ Samples stand part after part, those of a part by their row in the CSV. Exit sta
 1 something is wrong and one line says what (--verify: one line a finding), 2 wrong usage.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import difflib
 import json
-import os
 import signal
 import sys
 import unicodedata
@@ -35,11 +32,6 @@ VISION, LINK = "vision_representation", "vision_only_representation"
 KINDS = ("vision_token_representation", "query_token_representation", "multimodal_representation")
 TEXTS = ("image_id", "question", "answer", "ground_truth_answer")
 COUNTS = ("row", "num_prompt_tokens", "vision_token_pos", "query_token_pos", "num_answer_tokens")
-CSV_NAMES = {  # ours: what the CSV may call it
-    "image_id": ("image_id", "image_name"),
-    "question": ("question",),
-    "ground_truth_answer": ("answer", "gt_answer"),
-}
 REQUIRED = {"model_name", "layers", "hidden_size", "vision_hidden_size", "num_samples"}
 VARYING = {"num_samples", "created_at", "device", "dataset", "dataset_sha256"}  # from part to part
 VARYING |= {"python_version", "torch_version", "transformers_version"}
@@ -71,9 +63,9 @@ def opened(path: Path) -> Iterator[h5py.File]:
 def find_parts(paths: Paths) -> list[Path]:
     """The files among `paths` and the part files in the directories among them, none twice."""
     found: dict[Path, Path] = {}
-    for path in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
-        inside = path.glob("gemma3_12b_embeddings_part_*.h5") if path.is_dir() else [path]
-        inside = sorted((p for p in inside if p.exists()), key=lambda p: (len(p.name), p.name))
+    for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
+        inside = [path] if path.is_file() else path.glob("gemma3_12b_embeddings_part_*.h5")
+        inside = sorted(inside, key=lambda p: (len(p.name), p.name))  # part_1000 after part_999
         if not inside:
             raise InspectError(f"{path} is no file, and no directory with part files in it")
         found |= {p.resolve(): p for p in inside if p.resolve() not in found}
@@ -268,14 +260,11 @@ def describe(parts: dict[Path, dict], samples, drawn, shown, vectors: dict[str, 
 
 def one_line(value: object, width: int = sys.maxsize) -> str:
     """Text in `width` columns of a terminal at most, line breaks and the like escaped."""
-    shown, used = "", 0
-    for char in str(value):
-        char = char if char.isprintable() else char.encode("unicode_escape").decode()
-        used += sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in char)
-        if used >= width:
-            return shown + "…"
-        shown += char
-    return shown
+    chars = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+    text = "".join(chars)
+    used = np.cumsum([1 + (unicodedata.east_asian_width(char) in "WF") for char in text])
+    end = int(np.searchsorted(used, width))  # the first character that does not fit
+    return text if end == len(text) else f"{text[:end]}…"
 
 
 def show(facts: dict, width: int) -> str:
@@ -363,11 +352,13 @@ def verify(paths: list[Path], csv_path: Path | None, stored: dict) -> Iterator[t
     table = read_table(csv_path) if csv_path else pd.DataFrame(index=list(stored))
     yield from ((csv_path, "not in the parts", i) for i in table.index if i not in stored)
     yield from ((csv_path, "in the parts but not here", i) for i in stored if i not in table.index)
-    for ours, names in CSV_NAMES.items() if csv_path else ():
-        column = next((name for name in names if name in table), None)
-        if column is None:
-            raise InspectError(f"{csv_path} has no column {' or '.join(names)}")
-        for question_id, text in table[column].items():
+    other_names = {"image_name": "image_id", "gt_answer": "answer"}
+    table = table.rename(columns={a: b for a, b in other_names.items() if b not in table})
+    for ours in ("image_id", "question", "ground_truth_answer") if csv_path else ():
+        theirs = ours.removeprefix("ground_truth_")
+        if theirs not in table:
+            raise InspectError(f"{csv_path} has no column {theirs}")
+        for question_id, text in table[theirs].items():
             if question_id in stored and stored[question_id][ours] != text:
                 yield csv_path, f"{ours} is another than in the parts", question_id
 
@@ -392,7 +383,7 @@ def export(path: Path, samples: pd.DataFrame, vectors: dict[str, int]) -> str:
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                         np.lib.format.write_array(member, array, allow_pickle=False)
                     lines.append(f"{name:<38}{array.dtype} {list(array.shape)}")
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return "\n".join(lines)
@@ -401,15 +392,12 @@ def export(path: Path, samples: pd.DataFrame, vectors: dict[str, int]) -> str:
 def principal_components(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Vectors [num_samples, D] on their first two axes [num_samples, 2]; shares of the variance."""
     centred = matrix - matrix.mean(axis=0, dtype=np.float64)
-    is_wide = centred.shape[0] < centred.shape[1]
-    products = centred @ centred.T if is_wide else centred.T @ centred  # the smaller one
-    values, axes = np.linalg.eigh(products)
-    values, axes = values[:-3:-1].clip(0), axes[:, :-3:-1]
-    points = axes * np.sqrt(values) if is_wide else centred @ axes
-    points *= np.sign(
-        points[np.abs(points).argmax(axis=0), [0, 1]]
-    )  # a sign that is always the same
-    return points, values / max(np.trace(products), np.finfo(float).tiny)
+    values, axes = np.linalg.eigh(centred @ centred.T)  # ascending; NUM_DRAWN samples at most
+    values, axes = values[::-1].clip(0), axes[:, ::-1]
+    shares = values / max(values.sum(), np.finfo(float).tiny)
+    points = axes[:, :2] * np.sqrt(values[:2])
+    sign = np.sign(points[np.abs(points).argmax(axis=0), [0, 1]])  # eigh may give either
+    return points * sign, shares[:2]
 
 
 def color_values(samples: pd.DataFrame, field: str) -> pd.Series:
@@ -440,7 +428,7 @@ def plot(path: Path, samples: pd.DataFrame, total: int, vectors: dict, field: st
     rest = values.isna() if is_number else ~values.isin(counts.index)
     names = sorted(vectors, key=lambda name: name == VISION)  # it has no layers: last
     num_layers = len({name.partition("/")[2] for name in names if name != VISION})
-    columns = num_layers if 2 < num_layers < 8 else int(np.ceil(np.sqrt(len(names))))
+    columns = min(8, num_layers if num_layers > 1 else len(names))
     rows = -(-len(names) // columns)
     figure = Figure((2.5 * columns + 2, 2.6 * rows + 0.5), layout="constrained", dpi=150)
     figure.suptitle(
@@ -448,7 +436,7 @@ def plot(path: Path, samples: pd.DataFrame, total: int, vectors: dict, field: st
     )
     style = {"s": 16, "linewidths": 0.3, "edgecolors": "#333333", "alpha": 0.85}
     for k, name in enumerate(names, start=1):
-        matrix, handles = read_matrix(samples, name, vectors[name]), {}
+        matrix, keys = read_matrix(samples, name, vectors[name]), []
         if not np.isfinite(matrix).all():
             raise InspectError(f"{name} is not finite everywhere; see --verify")
         points, shares = principal_components(matrix)
@@ -460,14 +448,15 @@ def plot(path: Path, samples: pd.DataFrame, total: int, vectors: dict, field: st
         for value, color, marker in zip(counts.index, COLORS, MARKERS):
             mark = style | {"color": color, "marker": marker}
             label = f"{one_line(value, 24)} ({counts[value]:,})"
-            handles[label] = axes.scatter(*points[values == value].T, **mark)
+            keys.append((axes.scatter(*points[values == value].T, **mark), label))
         if rest.any():
             label = f"{'no value' if is_number else 'all others'} ({rest.sum():,})"
-            handles[label] = axes.scatter(*points[rest].T, color=GREY, s=8, zorder=0)
-    keys = figure.legend(handles.values(), handles, loc="outside right upper", fontsize=8)
-    keys.set(title=one_line(Path(field).name, 30), visible=bool(handles), in_layout=bool(handles))
-    for text in (*keys.get_texts(), keys.get_title()):
-        text.set_parse_math(False)
+            keys.append((axes.scatter(*points[rest].T, color=GREY, s=8, zorder=0), label))
+    if keys:
+        at = {"loc": "outside right upper", "fontsize": 8, "title_fontsize": 8}
+        legend = figure.legend(*zip(*keys), title=one_line(Path(field).name, 30), **at)
+        for text in (*legend.get_texts(), legend.get_title()):
+            text.set_parse_math(False)
     if is_number:
         figure.colorbar(scale, ax=figure.axes, label=one_line(Path(field).name, 40), shrink=0.6)
     warnings.filterwarnings("ignore", "Glyph")  # the font has not every script

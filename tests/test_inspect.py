@@ -448,6 +448,57 @@ def test_colours_by_text_keep_none_and_numbers(run_dir):
     assert {"None", "007", "nan"} <= set(values)
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, in place of files."""
+    drawn = []
+    save = "matplotlib.figure.Figure.savefig"
+    monkeypatch.setattr(save, lambda figure, path: drawn.append(figure))
+    return drawn
+
+
+def luminance(color):
+    return np.dot(color[:3], [0.299, 0.587, 0.114])
+
+
+def test_plot_of_one_layer_and_two_categories(run_dir, tmp_path, capsys, figures):
+    ids = [s["question_id"] for s in stored(run_dir / "output")]
+    labels = pd.DataFrame({"question_id": ids, "label": ["yes", "no", "yes"] * 4})
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    flags = ["--layer", "4", "--color-by", f"{tmp_path}/labels.csv:label"]
+    assert call(capsys, run_dir / "output", "--plot", tmp_path / "x.png", *flags)[0] == 0
+    (figure,) = figures
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["yes (8)", "no (4)"]
+    for kind, axes in zip(KINDS, figure.axes, strict=True):
+        assert axes.get_title().startswith(f"{kind}\nlayer_4\n")
+        yes, no = axes.collections
+        assert (len(yes.get_offsets()), len(no.get_offsets())) == (8, 4)
+        # To be told apart in print as well: by the marker, and by how dark it is.
+        assert len(yes.get_paths()[0].vertices) != len(no.get_paths()[0].vertices)
+        assert abs(luminance(yes.get_facecolor()[0]) - luminance(no.get_facecolor()[0])) > 0.2
+        points = np.concatenate([yes.get_offsets(), no.get_offsets()])
+        matrix = [s[f"{kind}/layer_4"] for s in stored(run_dir / "output")]
+        expected = inspect_h5.principal_components(np.stack(matrix))[0]
+        order = labels["label"].to_numpy() == "yes"
+        np.testing.assert_allclose(points, np.concatenate([expected[order], expected[~order]]))
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    boxes += [legend.get_window_extent(), figure._suptitle.get_window_extent()]
+    for k, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:k])
+    assert len({round(axes.get_position().y0, 3) for axes in figure.axes}) == 1  # in one row
+
+
+def test_categories_that_begin_alike_have_entries_of_their_own(run_dir, tmp_path, capsys, figures):
+    ids = [s["question_id"] for s in stored(run_dir / "output")]
+    texts = [f"the picture shows a small {what}" for what in ("cat", "dog")] * 6
+    pd.DataFrame({"question_id": ids, "label": texts}).to_csv(tmp_path / "labels.csv", index=False)
+    flags = ["--layer", "4", "--color-by", f"{tmp_path}/labels.csv:label"]
+    assert call(capsys, run_dir / "output", "--plot", tmp_path / "x.png", *flags)[0] == 0
+    assert len(figures[0].legends[0].get_texts()) == 2
+
+
 # What is refused
 
 
@@ -533,6 +584,66 @@ def test_a_part_without_samples(output, capsys):
         file.attrs["num_samples"] = 0
     assert call(capsys, output / PART.format(1))[0] == 0
     assert call(capsys, output, "--verify")[0] == 0
+
+
+# Parts that are stored otherwise
+
+
+STORAGES = {
+    ("--compression", "gzip"): ("float32 [32] gzip", "float32 [32] gzip"),
+    ("--compression", "lzf"): ("float32 [32] lzf", "float32 [32] lzf"),
+    ("--storage-dtype", "bfloat16"): ("bfloat16 [32]", "float32 [32]"),
+}
+
+
+@pytest.fixture(scope="module", params=STORAGES, ids="-".join)
+def stored_otherwise(request, run_script, tmp_path_factory):
+    """The flags, and the parts that the extractor writes with them."""
+    directory = tmp_path_factory.mktemp("storage")
+    with open(CSV, encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    with open(directory / "vqa.csv", "w", encoding="utf-8", newline="") as file:
+        rows = [row for row in rows if row[1] in ("circle.png", "tall.jpeg")]
+        csv.writer(file).writerows([header, *rows])
+    flags = [*request.param, "--vqa-dataset", directory / "vqa.csv", "--max-new-tokens", 0]
+    done = run_script(directory / "output", *flags, "--checkpoint-interval", 5)
+    assert done.returncode == 0, done.stderr
+    return request.param, directory
+
+
+def test_view_and_verify_of_parts_stored_otherwise(stored_otherwise, capsys):
+    flags, directory = stored_otherwise
+    status, out, err = call(capsys, directory / "output")
+    lines = out[: out.index("figures of")].splitlines()
+    tree = dict(re.split(r"  +", line) for line in lines if "layer_4 " in line)
+    assert (status, err) == (0, "")
+    assert (tree[QUERY], tree[f"{KINDS[2]}/layer_4"]) == STORAGES[flags]
+    args = (directory / "output", "--verify", "--vqa-dataset", directory / "vqa.csv")
+    assert call(capsys, *args) == (0, "nothing wrong with 8 samples\n", "")
+
+
+def test_verify_of_parts_stored_otherwise_finds_a_value(stored_otherwise, tmp_path, capsys):
+    output = shutil.copytree(stored_otherwise[1] / "output", tmp_path / "output")
+    with h5py.File(output / PART.format(1), "r+") as file:
+        file["000"][QUERY][3] = np.inf
+    status, out, _ = call(capsys, output, "--verify")
+    assert (status, len(out.splitlines())) == (1, 1)
+    assert f"{QUERY} is not finite (1: '000')" in out
+
+
+def test_export_and_load_of_parts_stored_otherwise(stored_otherwise, tmp_path, capsys):
+    flags, directory = stored_otherwise
+    samples = stored(directory / "output")
+    assert call(capsys, directory / "output", "--export", tmp_path / "all.npz")[0] == 0
+    with np.load(tmp_path / "all.npz") as file:
+        for name in NAMES:
+            assert file[name].dtype == np.float32
+            np.testing.assert_array_equal(file[name], [sample[name] for sample in samples])
+        is_short = not (file[QUERY].view(np.uint32) & 0xFFFF).any()  # all is in bfloat16's 16 bits
+        assert is_short == ("bfloat16" in flags)
+    table, matrix = inspect_h5.load_embeddings(directory / "output", KINDS[1], 4)
+    assert list(table["question_id"]) == [sample["question_id"] for sample in samples]
+    np.testing.assert_array_equal(matrix, [sample[QUERY] for sample in samples])
 
 
 # Readers of others, and sizes
