@@ -93,6 +93,7 @@ IDENTITY = (
 DAMAGE = (OSError, RuntimeError, LookupError, AttributeError, TypeError, ValueError)
 MAX_FAILED_IMAGES = 25  # different images in a row: then something is wrong with all of them
 MAX_PADDING = 0.125  # of a forward pass; images of too different lengths go in passes of their own
+SAMPLED_BYTES = 2**16  # at a time, of a model's weights
 SAMPLE_OVERHEAD = 12_288  # bytes that HDF5 takes for a sample's groups, names and texts
 LINE_SECONDS = 30  # between two lines of progress where there is no bar
 NUM_TEST_ROWS = 3
@@ -306,12 +307,14 @@ def open_image(images_dir: Path, image_id: str) -> Image.Image:
     """The image, upright and RGB. Raises RowError if it is missing, unreadable or too large."""
     path = image_path(images_dir, image_id)
     try:
+        if not path.is_file():
+            raise FileNotFoundError
         with Image.open(path) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError as error:
-        raise RowError(f"{path} does not exist") from error
+        raise RowError(f"{path} does not exist, or is no file") from error
     except Exception as error:  # Pillow's decoders let anything through: struct.error, TypeError …
         raise RowError(f"{path} cannot be read as an image: {error}") from error
 
@@ -352,7 +355,7 @@ def count_shared(sequences: list[list[int]]) -> int:
     """Leading tokens that all have in common; one at least, the last, stays each one's own."""
     is_common = (len(set(tokens)) == 1 for tokens in zip(*sequences))
     num_common = sum(itertools.takewhile(bool, is_common))
-    return min(num_common, *(len(input_ids) - 1 for input_ids in sequences))
+    return min([num_common, *(len(input_ids) - 1 for input_ids in sequences)])
 
 
 class Prompts:
@@ -402,23 +405,20 @@ class Prompts:
     def prepare(self, rows: list[Row], load: Callable[[str], Tensor]) -> list[Prompt | Failure]:
         """Tokenise the rows about one image, and `load` its pixels [3, height, width]."""
         sequences: dict[Row, list[int]] = {}
-        errors: dict[Row, str] = {}
+        failures: dict[Row, Failure] = {}
         for row in rows:
             try:
                 sequences[row] = self.tokenize(row.question)
             except RowError as error:
-                errors[row] = str(error)
-        image = last = None
-        if sequences:
-            try:
-                image = SharedImage(load(rows[0].image_id), count_shared([*sequences.values()]))
-            except RowError as error:
-                errors = {row: str(error) for row in sequences} | errors
-            last = [*sequences][-1]
+                failures[row] = Failure(row, str(error))
+        try:
+            pixel_values = load(rows[0].image_id) if sequences else None
+        except RowError as error:
+            return [failures.get(row, Failure(row, str(error))) for row in rows]
+        image = SharedImage(pixel_values, count_shared(list(sequences.values())))
+        last = list(sequences)[-1] if sequences else None
         return [
-            Failure(row, errors[row])
-            if row in errors
-            else Prompt(row, sequences[row], image, is_last=row is last)
+            failures.get(row) or Prompt(row, sequences[row], image, is_last=row is last)
             for row in rows
         ]
 
@@ -568,11 +568,15 @@ class KeyValueCache:
     """Keys and values of every decoder layer, [rows, num_key_value_heads, length, head_dim].
 
     Buffers have room, so that new tokens are written in place. A decoder layer calls `update`.
+    What is not finite becomes 0: attention multiplies what it ignores by 0, which NaN survives.
     """
 
-    def __init__(self, key_values: Iterable[tuple[Tensor, Tensor]] = ()) -> None:
+    def __init__(
+        self, key_values: Iterable[tuple[Tensor, Tensor]] = (), is_kept: bool = True
+    ) -> None:
         self._buffers = dict(enumerate(key_values))
         self._lengths = {i: keys.shape[2] for i, (keys, _) in self._buffers.items()}
+        self._is_kept = is_kept  # else a pass needs no cache, which takes more than all else
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of tokens held."""
@@ -581,17 +585,22 @@ class KeyValueCache:
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_, **__) -> tuple:
         """Append, and return all there is."""
         start = self.get_seq_length(layer_idx)
-        stop = self._lengths[layer_idx] = start + keys.shape[2]
-        buffers = self._buffers.setdefault(layer_idx, (keys, values))
+        stop = start + keys.shape[2]
+        if not start:
+            new = keys.nan_to_num_(0, 0, 0), values.nan_to_num_(0, 0, 0)
+            if self._is_kept:
+                self._buffers[layer_idx], self._lengths[layer_idx] = new, stop
+            return new
+        buffers = self._buffers[layer_idx]
         if buffers[0].shape[2] < stop:
             shape = (*keys.shape[:2], stop + stop // 4, keys.shape[3])
             larger = tuple(keys.new_empty(shape) for _ in buffers)
             for new, old in zip(larger, buffers, strict=True):
                 new[:, :, :start] = old[:, :, :start]
             buffers = self._buffers[layer_idx] = larger
-        if start:
-            for buffer, new in zip(buffers, (keys, values), strict=True):
-                buffer[:, :, start:stop] = new
+        for buffer, new in zip(buffers, (keys, values), strict=True):
+            torch.nan_to_num(new, 0, 0, 0, out=buffer[:, :, start:stop])
+        self._lengths[layer_idx] = stop
         return self.layer(layer_idx)
 
     def layer(self, layer_idx: int) -> tuple[Tensor, Tensor]:
@@ -660,15 +669,18 @@ class Extractor:
         """Images together that waste little on padding; one whose prefix has been run, alone."""
         group: list[list[Prompt]] = []
         for _, about_image in itertools.groupby(prompts, key=lambda prompt: prompt.image):
-            wider = [*group, list(about_image)]
-            lengths = [count_tokens(about) for about in wider]
-            padding = 1 - sum(lengths) / (len(lengths) * max(lengths))
-            is_first_run = all(about[0].image.key_values is None for about in wider)
-            if group and not (self.joins_images and is_first_run and padding <= MAX_PADDING):
+            added = list(about_image)
+            if group and not self._fits(group, added):
                 yield group
-                wider = wider[-1:]
-            group = wider
+                group = []
+            group = [*group, added]
         yield group
+
+    def _fits(self, group: list[list[Prompt]], added: list[Prompt]) -> bool:
+        lengths = [count_tokens(prompts) for prompts in (*group, added)]
+        padding = 1 - sum(lengths) / (len(lengths) * max(lengths))
+        is_first_run = added[0].image.key_values is group[0][0].image.key_values is None
+        return self.joins_images and is_first_run and padding <= MAX_PADDING
 
     def _prefill(self, by_image: list[list[Prompt]], num_before: int) -> Prefill:
         """Run prompts once; `num_before` prompts of the batch have been."""
@@ -677,9 +689,8 @@ class Extractor:
         new_images = images if past is None else []
         layout = lay_out(by_image, num_before, self.prompts.tokenizer.image_token_id)
         query, key = (put(places, self.device) for places in (layout.query, layout.key))
-        cache = None  # which takes more than all else; needed for answers, and for prompts to come
-        if past or self.max_new_tokens or not last_prompt.is_last:
-            cache = KeyValueCache(past or ())
+        is_kept = bool(past or self.max_new_tokens or not last_prompt.is_last)
+        cache = KeyValueCache(past or (), is_kept)
         num_shared = [image.num_shared for image in new_images]
         captured = Captured(layout.spans, num_shared, self.prompts.soft_stop - 1)
         hooks = [(layer, captured.on_layer) for layer in self._layers]
@@ -691,7 +702,7 @@ class Extractor:
                 attention_mask=attention_masks(query, key, self._window),
                 position_ids=query[:, :, 0],
                 past_key_values=cache,
-                use_cache=cache is not None,
+                use_cache=True,
             ).last_hidden_state  # [rows, length, D], normed
         self._keep(new_images, captured)
         if last_prompt.is_last:
@@ -785,8 +796,7 @@ class Extractor:
         for layer_idx in range(len(self._decoder.layers)):
             pairs = [pop(prefill, layer_idx) for prefill in passes]
             packed = (torch.cat(tensors, dim=1)[None] for tensors in zip(*pairs, strict=True))
-            # What attention ignores it multiplies by 0, which NaN survives: none may be there.
-            key_values.append(tuple(tensor.nan_to_num_(0, 0, 0) for tensor in packed))
+            key_values.append(tuple(packed))
         key = torch.cat([prefill.key.flatten(0, 1) for prefill in passes])[None]
         return KeyValueCache(key_values), key
 
@@ -893,10 +903,19 @@ def choose_layers(asked: tuple[int, ...] | None, num_layers: int) -> list[int]:
 
 
 def find_revision(model: str, config) -> str:
-    """The hub's commit; of a local directory, a hash of its config and its weights' sizes."""
-    weights = [(p.name, p.stat().st_size) for p in sorted(Path(model).glob("*.safetensors"))]
-    contents = hashlib.sha256(f"{weights}{config.to_json_string()}".encode()).hexdigest()
-    return getattr(config, "_commit_hash", None) or contents
+    """The hub's commit; of a local directory, a hash of its files, of large ones by samples."""
+    if commit := getattr(config, "_commit_hash", None):
+        return commit
+    digest = hashlib.sha256()
+    for path in sorted(Path(model).iterdir()):
+        if path.suffix in (".json", ".jinja", ".model", ".safetensors"):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode())
+            with open(path, "rb") as file:
+                for start in range(0, size, max(SAMPLED_BYTES, size // 256)):
+                    file.seek(start)
+                    digest.update(file.read(SAMPLED_BYTES))
+    return digest.hexdigest()
 
 
 def name_model_type(config) -> str:
@@ -1111,8 +1130,11 @@ def stored_ids(path: Path) -> set[str]:
     """The question_ids in a finished part; none if there is no such part."""
     if not path.exists():
         return set()
-    with h5py.File(path) as file:
-        return {urllib.parse.unquote(name) for name in file}
+    try:
+        with h5py.File(path) as file:
+            return {urllib.parse.unquote(name) for name in file}
+    except OSError as error:
+        raise ExtractionError(f"{path} cannot be read: {error} | run again") from error
 
 
 def scan_parts(output_dir: Path, settings: dict, shapes: dict, rows: list[Row]) -> set[str]:
@@ -1163,7 +1185,7 @@ def update_failures(
     path, lines = output_dir / FAILED_NAME, []
     if path.exists():
         with open(path, encoding="utf-8", errors="replace", newline="") as file:
-            lines = list(csv.reader(file.read().splitlines(keepends=True)))[1:]
+            lines = list(csv.reader(file))[1:]
     lines = [line for line in lines if len(line) == 3 and is_open(line[0])]
     lines += [[f.row.question_id, f.row.image_id, f.error] for f in new]
     if not lines:
@@ -1219,6 +1241,7 @@ class OutputLock:
     def __init__(self, output_dir: Path, run_id: str) -> None:
         self._path = output_dir / ".lock"
         self._run_id = run_id
+        self._holder: dict = {}
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def acquire(self) -> bool:
@@ -1226,24 +1249,30 @@ class OutputLock:
 
         Raises ExtractionError: another run is at work here.
         """
-        if self.claim(0):
-            holder = {"run_id": self._run_id, "host": socket.gethostname(), "pid": os.getpid()}
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
-            return True
-        time.sleep(0.1)  # the holder may be writing its name
-        holder = json.loads(os.pread(self._descriptor, 4096, 0) or b"{}")
-        if holder.get("run_id") != self._run_id:
-            raise ExtractionError(
-                f"{self._path.parent} is in use by process {holder.get('pid')} on "
-                f"{holder.get('host')} | wait for it, or choose another --output-dir"
-            )
-        self.share()
-        return False
+        while not self.claim(0):
+            time.sleep(0.1)  # the holder may be writing its name
+            with contextlib.suppress(ValueError):
+                self._holder = json.loads(os.pread(self._descriptor, 4096, 0))
+            if self._holder.get("run_id") != self._run_id:
+                raise ExtractionError(
+                    f"{self._path.parent} is in use by process {self._holder.get('pid')} on "
+                    f"{self._holder.get('host')} | wait for it, or choose another --output-dir"
+                )
+            if self._holder.get("is_prepared"):
+                fcntl.lockf(self._descriptor, fcntl.LOCK_SH, 1, 0)
+                return False
+        self._tell(is_prepared=False)
+        return True
 
     def share(self) -> None:
-        """Let the other processes of this run in, or wait to be let in."""
+        """Let the other processes of this run in."""
+        self._tell(is_prepared=True)
         fcntl.lockf(self._descriptor, fcntl.LOCK_SH, 1, 0)
+
+    def _tell(self, is_prepared: bool) -> None:
+        holder = {"run_id": self._run_id, "host": socket.gethostname(), "pid": os.getpid()}
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(holder | {"is_prepared": is_prepared}).encode(), 0)
 
     def claim(self, number: int) -> bool:
         """Whether part `number` is this process's to write from now on."""
@@ -1276,14 +1305,17 @@ class Work:
         self.num_rows = len(self.part_of)
         self.num_stored = sum(row.question_id in stored for row in self.part_of)
         self.ends: set[Row] = set()  # after which a claimed part has no row to come
+        self.after_stored: set[Row] = set()  # right before which the plan has rows that went well
         self._parts = parts
         self._stored = stored
         self._launch = launch
 
     def claim_rows(self, output_dir: Path) -> Iterator[Row]:
         """The missing rows of one part after the other that no other process has taken."""
+        is_after_stored = False
         for number, rows in self._parts.items():
             if all(row.question_id in self._stored for row in rows):
+                is_after_stored = True
                 continue
             if self._launch.add(f"part {number}", 1) > 1 or not self.lock.claim(number):
                 continue
@@ -1291,7 +1323,12 @@ class Work:
             stored = self._stored | stored_ids(part_path(output_dir, number))
             missing = [row for row in rows if row.question_id not in stored]
             self.ends.update(missing[-1:])
-            yield from missing
+            for row in rows:
+                if row.question_id not in stored:
+                    if is_after_stored:
+                        self.after_stored.add(row)
+                    yield row
+                is_after_stored = row.question_id in stored
 
 
 def open_output(options: Options, settings: dict, shapes: dict, rows: list[Row], launch) -> Work:
@@ -1300,35 +1337,44 @@ def open_output(options: Options, settings: dict, shapes: dict, rows: list[Row],
     Raises ExtractionError: in use, of another run, not writable, or too small for what is to come.
     """
     output_dir = options.output_dir
+    identity = json.dumps([settings[name] for name in (*IDENTITY, "dataset_sha256")])
+    run_id = f"{launch.run_id}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    size = bytes_per_sample(shapes, options.storage_dtype)
+    parts = plan_parts(rows, options.checkpoint_interval)
+    if options.test:
+        first = set(rows[:NUM_TEST_ROWS])
+        parts = {k: [row for row in part if row in first] for k, part in parts.items()}
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        lock = OutputLock(output_dir, launch.run_id)
-        if lock.acquire():
-            remove_files(output_dir, everything=options.overwrite)
-            stored = scan_parts(output_dir, settings, shapes, rows)
-            missing = {row.question_id for row in rows} - stored
-            update_failures(output_dir, lambda question_id: question_id in missing)
-            lock.share()
-        else:
+        lock = OutputLock(output_dir, run_id)
+        if not lock.acquire():
             stored = set().union(*map(stored_ids, find_parts(output_dir)))
+            return Work(parts, stored, launch, lock)
+        stored = set() if options.overwrite else scan_parts(output_dir, settings, shapes, rows)
+        work = Work(parts, stored, launch, lock)
+        check_disk(output_dir, (work.num_rows - work.num_stored) * size, options.overwrite)
+        remove_files(output_dir, everything=options.overwrite)
+        missing = {row.question_id for row in rows} - stored
+        update_failures(output_dir, lambda question_id: question_id in missing)
+        lock.share()
     except OSError as error:
         raise ExtractionError(
             f"--output-dir {output_dir}: {error.strerror or error} "
             "| choose a directory that can be written to"
         ) from error
-    parts = plan_parts(rows, options.checkpoint_interval)
-    if options.test:
-        first = set(rows[:NUM_TEST_ROWS])
-        parts = {k: [row for row in part if row in first] for k, part in parts.items()}
-    work = Work(parts, stored, launch, lock)
-    needed = (work.num_rows - work.num_stored) * bytes_per_sample(shapes, options.storage_dtype)
+    return work
+
+
+def check_disk(output_dir: Path, needed: int, frees_parts: bool) -> None:
+    """Raise ExtractionError if what is to come has no room beside, or instead of, what is there."""
     free = shutil.disk_usage(output_dir).free
+    if frees_parts:
+        free += sum(path.stat().st_size for path in find_parts(output_dir))
     if needed > free:
         raise ExtractionError(
-            f"{output_dir} has {free / 1e9:.1f} GB free; the run needs {needed / 1e9:.1f} GB "
+            f"{output_dir} has {free / 1e6:.1f} MB free; the run needs {needed / 1e6:.1f} MB "
             "| make room, or choose another --output-dir or --storage-dtype bfloat16"
         )
-    return work
 
 
 # ─────────────────────────────────────────── the run ───────────────────────────────────────────
@@ -1418,7 +1464,7 @@ def run_batch(extractor: Extractor, batch: list[Prompt | Failure]) -> list[Sampl
         return [next(samples) if isinstance(row, Prompt) else row for row in batch]
     except torch.OutOfMemoryError:
         pass  # go on outside, where the traceback no longer holds tensors
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:
         ids = [prompt.row.question_id for prompt in prompts]
         raise ExtractionError(f"the model failed on question_ids {ids}: {error}") from error
     if torch.accelerator.is_available():
@@ -1518,16 +1564,14 @@ class Recorder:
             outcome.wait()
             if not outcome.states.isfinite().all():
                 outcome = Failure(outcome.prompt.row, "its states are not finite")
-        is_failure = isinstance(outcome, Failure)
-        row = outcome.row if is_failure else outcome.prompt.row
+        row = outcome.row if isinstance(outcome, Failure) else outcome.prompt.row
         self._open_part(self._run.work.part_of[row])
-        self._outcomes[row.question_id] = outcome if is_failure else None
-        if not is_failure:
-            self._add(outcome)
+        if row in self._run.work.after_stored:
             self._failed_images.clear()
-        self._run.progress.update(int(not is_failure), int(is_failure))
-        if is_failure:
-            self._check_failures(outcome)
+        if isinstance(outcome, Failure):
+            self._fail(outcome)
+        else:
+            self._store(outcome)
         if row in self._run.work.ends:
             self._finish_part()
 
@@ -1538,7 +1582,7 @@ class Recorder:
             self._writer = PartWriter(path, self._run.settings, self._run.options.compression)
             self._number = number
 
-    def _add(self, sample: Sample) -> None:
+    def _store(self, sample: Sample) -> None:
         prompts, prompt = self._run.prompts, sample.prompt
         vectors = sample.states.split(list(self._run.shapes.values()))
         states = {name: v.numpy() for name, v in zip(self._run.shapes, vectors, strict=True)}
@@ -1550,10 +1594,15 @@ class Recorder:
             "answer_truncated": sample.is_truncated,
         }
         self._writer.add(prompt.row, states, prompts.decode(sample.answer), attributes)
+        self._outcomes[prompt.row.question_id] = None
+        self._failed_images.clear()
+        self._run.progress.update(1, 0)
 
-    def _check_failures(self, failure: Failure) -> None:
-        """Raise ExtractionError if this one is one too many."""
+    def _fail(self, failure: Failure) -> None:
+        """Count it. Raises ExtractionError if it is one too many."""
+        self._outcomes[failure.row.question_id] = failure
         self._failed_images.add(failure.row.image_id)
+        self._run.progress.update(0, 1)
         last = f"question_id {failure.row.question_id!r}"
         if self._run.options.strict:
             raise ExtractionError(f"--strict: {last} failed: {failure.error}")
@@ -1604,20 +1653,27 @@ def work_through(run: Run, extractor: Extractor) -> None:
                 future.result()
 
 
-def summarise(run: Run, num_seconds: float) -> int:
-    """The last line, once all processes of the launch have ended; the exit status."""
-    launch, work, stop = run.launch, run.work, run.stop
+def wait_for_all(run: Run) -> None:
+    """Return when all processes of the launch have ended; only the first one waits."""
+    launch = run.launch
     launch.add("finished", 1)
-    while launch.rank == 0 and launch.add("finished", 0) < launch.world_size and not stop.status:
+    while launch.rank == 0 and launch.add("finished", 0) < launch.world_size:
+        if run.stop.status:
+            break
         run.progress.update(0, 0)
         time.sleep(0.2)
-    extracted, failed = run.progress.update(0, 0)
+
+
+def summarise(run: Run, num_seconds: float) -> int:
+    """The last line; the exit status."""
+    launch, work, stop = run.launch, run.work, run.stop
     run.progress.bar.close()
     if stop.status:
         log.warning("stopped; what was done is saved, and the same command goes on from there")
         return stop.status
-    if launch.rank != 0:
+    if launch.rank != 0:  # the first one, which keeps the counts, may be gone
         return 0
+    extracted, failed = run.progress.update(0, 0)
     if failed:
         log.warning("what failed, and why: %s", run.options.output_dir / FAILED_NAME)
     # Processes of one launch do not start as one, and may find each other's samples there.
@@ -1635,6 +1691,11 @@ def extract(options: Options) -> int:
 
     Raises ExtractionError: it could not start or go on.
     """
+    if options.overwrite and "SLURM_ARRAY_JOB_ID" in os.environ:
+        raise ExtractionError(
+            "--overwrite: a late task of a Slurm array would delete what others wrote "
+            "| empty the --output-dir before the array starts"
+        )
     rows = read_rows(options.vqa_dataset)
     check_images(rows, options.images_dir)
     device = check_device(options.device)
@@ -1644,11 +1705,13 @@ def extract(options: Options) -> int:
     settings = describe_run(options, config, prompts, rows, device)
     shapes = state_shapes(config, settings["layers"])
     launch = Launch()
+    # With --overwrite nothing is deleted before the model has shown that it loads.
+    model = load_model(options, device) if options.overwrite else None
     work = open_output(options, settings, shapes, rows, launch)
     todo = work.num_rows - work.num_stored
     log.info("%d rows in the plan, %d to do", work.num_rows, todo)
     if todo or options.test:
-        model = load_model(options, device)
+        model = model or load_model(options, device)
         extractor = Extractor(model, prompts, settings["layers"], options.max_new_tokens, device)
     is_sound, start = True, time.monotonic()
     with StopSignal() as stop, logging_redirect_tqdm([log]):
@@ -1656,6 +1719,7 @@ def extract(options: Options) -> int:
         run = Run(options, settings, shapes, prompts, device, launch, work, progress, stop)
         if todo:
             work_through(run, extractor)
+        wait_for_all(run)
         num_seconds = time.monotonic() - start
         if options.test and launch.rank == 0 and not stop.status:
             is_sound = report_test(run, extractor, rows)
@@ -1727,22 +1791,30 @@ def compare_with_plain(
 
 
 def time_rows(
-    run: Run, extractor: Extractor, tried: list[Prompt], rows: list[Row]
+    run: Run, extractor: Extractor, tried: list[Row], rows: list[Row]
 ) -> tuple[float, float]:
     """Seconds and answer tokens a row: a batch of those `tried`, as many an image as in `rows`."""
-    batch_size, timed = run.options.batch_size, []
-    each = min(round(len(rows) / len({row.image_id for row in rows})), max(batch_size, 16))
-    again = itertools.cycle(tried)
-    while len(timed) < max(batch_size, len(tried)):
-        image = SharedImage(next(again).image.pixel_values, run.prompts.soft_stop)
-        for left in reversed(range(each)):
-            timed.append(dataclasses.replace(next(again), image=image, is_last=left == 0))
-    begin, num_tokens = time.monotonic(), 0
-    for batch in make_batches(timed, batch_size):
-        for sample in extractor.run(batch):
-            sample.wait()
-            num_tokens += len(sample.answer)
-    return (time.monotonic() - begin) / len(timed), num_tokens / len(timed)
+    options, again, numbers = run.options, itertools.cycle(tried), itertools.count()
+    each = min(round(len(rows) / len({row.image_id for row in rows})), max(options.batch_size, 16))
+    groups = [
+        [
+            dataclasses.replace(next(again), index=next(numbers), image_id=row.image_id)
+            for _ in range(each)
+        ]
+        for row in itertools.islice(itertools.cycle(tried), max(3, options.batch_size // each))
+    ]
+    prepare = functools.partial(
+        prepare_image, options=options, prompts=run.prompts, device=run.device
+    )
+    begin, num_tokens, num_rows = time.monotonic(), 0, each * len(groups)
+    with ThreadPoolExecutor(options.num_workers) as pool:
+        prepared = itertools.chain.from_iterable(pool.map(prepare, groups))
+        for batch in make_batches(prepared, options.batch_size):
+            for sample in run_batch(extractor, batch):
+                if isinstance(sample, Sample):
+                    sample.wait()
+                    num_tokens += len(sample.answer)
+    return (time.monotonic() - begin) / num_rows, num_tokens / num_rows
 
 
 def report_test(run: Run, extractor: Extractor, rows: list[Row]) -> bool:
@@ -1755,8 +1827,8 @@ def report_test(run: Run, extractor: Extractor, rows: list[Row]) -> bool:
         if isinstance(found[0], Prompt):
             tried.append([prompt for prompt in found if isinstance(prompt, Prompt)])
     if not tried:
-        print("FAIL  none of the first rows can be extracted")
-        return False
+        print("none of the first rows can be extracted, so nothing was checked")
+        return True
     compared = [compare_with_plain(run, extractor, about_image) for about_image in tried]
     same_tokens, errors, effects = zip(*compared)
     bound, eps = TEST_BOUNDS[options.dtype], torch.finfo(getattr(torch, options.dtype)).eps
@@ -1771,19 +1843,20 @@ def report_test(run: Run, extractor: Extractor, rows: list[Row]) -> bool:
             error <= bound for error in errors
         ),
     }
-    for what, is_well in checks.items():
-        print(f"{'ok  ' if is_well else 'FAIL'}  {what}")
     versions = [f"{name} {run.settings[f'{name}_version']}" for name in ("torch", "transformers")]
-    print(f"      {', '.join(versions)}; {options.dtype} on {run.settings['device']}")
-    seconds, num_tokens = time_rows(run, extractor, [about[0] for about in tried], rows)
-    print(f"      peak memory {peak_memory(run.device)}")
+    first_rows = [about_image[0].row for about_image in tried]
+    seconds, num_tokens = time_rows(run, extractor, first_rows, rows)
     size = len(rows) * bytes_per_sample(run.shapes, options.storage_dtype) / 1e9
     free = shutil.disk_usage(options.output_dir).free / 1e9
-    print(f"      the whole CSV takes {size:.2f} GB; {free:.0f} GB are free")
     rate, num_images = run.launch.world_size / seconds, len({row.image_id for row in rows})
     print(
+        *(f"{'ok  ' if is_well else 'FAIL'}  {what}" for what, is_well in checks.items()),
+        f"      {', '.join(versions)}; {options.dtype} on {run.settings['device']}",
+        f"      peak memory {peak_memory(run.device)}",
+        f"      the whole CSV takes {size:.2f} GB; {free:.0f} GB are free",
         f"      {len(rows)} rows about {num_images} images take {len(rows) / rate / 3600:.2f} h at "
-        f"{rate:.2f} samples/s, if answers have {num_tokens:.0f} tokens as here"
+        f"{rate:.2f} samples/s, if answers have {num_tokens:.0f} tokens as here",
+        sep="\n",
     )
     return all(checks.values())
 
@@ -1818,12 +1891,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def one_line(error: Exception) -> str:
+    """Its message without line breaks."""
+    return " ".join(str(error).split())
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line's entry; the exit status."""
-    words = sys.argv[1:] if argv is None else argv
-    # "-1,2" looks like a flag to argparse, but not behind an equals sign.
-    words = re.sub(r"(^|\0)--layers\0-", r"\1--layers=-", "\0".join(words)).split("\0")
-    options = Options(**vars(make_parser().parse_args([word for word in words if word])))
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--layers" in words[:-1]:  # "-1,2" looks like a flag to argparse, but not behind a "="
+        place = words.index("--layers")
+        words[place : place + 2] = [f"--layers={words[place + 1]}"]
+    options = Options(**vars(make_parser().parse_args(words)))
     rank = os.environ.get("RANK", "0")
     handler = logging.StreamHandler()
     prefix = "" if rank == "0" else f"process {rank}: "
@@ -1832,10 +1911,15 @@ def main(argv: list[str] | None = None) -> int:
     log.setLevel(logging.INFO if rank == "0" else logging.WARNING)
     try:
         return extract(options)
+    except torch.OutOfMemoryError as error:
+        log.error("the device's memory is too small for it: %s", one_line(error))
     except ExtractionError as error:
-        log.error("%s", error)
-        return 1
+        log.error("%s", one_line(error))
+    return 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    exit_status = main()
+    for _signum in SIGNALS:
+        signal.signal(_signum, signal.SIG_IGN)  # nothing is left to stop
+    raise SystemExit(exit_status)

@@ -1,5 +1,6 @@
 """Bad rows, tables, models, directories and parts: told, survived, never a traceback."""
 
+import contextlib
 import csv
 import json
 import logging
@@ -9,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -132,6 +134,7 @@ def images_dir(tmp_path_factory):
     (images / "text.png").write_text("I am a text.\n")
     (images / "html.jpg").write_text("<html><body>404 Not Found</body></html>")
     (images / "directory.png").mkdir()
+    os.mkfifo(images / "pipe.png")
     write_black_png(images / "bomb.png", 20_000, 20_000)
     write_black_png(images / "large.png", 10_000, 10_000)
     write_broken_exif(images / "exif.jpg")
@@ -161,6 +164,7 @@ BAD_ROWS = {  # question_id: image_id, question, what the error must hold
     "text": ("text.png", Q, "text.png"),
     "html": ("html.jpg", Q, "html.jpg"),
     "directory": ("directory.png", Q, "directory.png"),
+    "pipe": ("pipe.png", Q, "pipe.png"),
     "avif": ("broken.avif", Q, "broken.avif"),
     "dds": ("broken.dds", Q, "broken.dds"),
     "start_of_image": ("circle.png", "what is <start_of_image>?", "<start_of_image>"),
@@ -604,6 +608,29 @@ def test_part_whose_rows_all_failed_is_written_empty(run, out):
         assert counts == [(1, 1), (0, 0), (0, 0), (1, 1)]
 
 
+def test_failures_with_odd_line_breaks_are_listed_whole(run, out):
+    ids = ["bad\u2028id", "bad\x0cid", "bad\x85id", "bad\nid"]
+    rows = [GOOD[0], *((question_id, "no\u0085pe\n.png", Q, "") for question_id in ids)]
+    for _ in range(2):
+        assert run("--checkpoint-interval", "1", rows=rows)[0] == 3
+        assert failed(out).keys() == set(ids)
+    status, stderr = run("--checkpoint-interval", "1", "--strict", rows=rows)
+    assert_refused(status, stderr, "pe .png does not exist")
+
+
+def test_scattered_failures_do_not_add_up_when_the_run_goes_on(run, out):
+    """30 bad images with a good row before each: one after the other only for who skips those."""
+    good = [(f"good {i}", f"{'./' * i}circle.png", Q, "") for i in range(30)]
+    bad = [(f"bad {i}", f"nowhere{i}.png", Q, "") for i in range(30)]
+    rows = [row for pair in zip(good, bad) for row in pair]
+    flags = ["--max-new-tokens", "0", "--checkpoint-interval", "7"]
+    for _ in range(2):
+        assert run(*flags, rows=rows)[0] == 3
+        assert failed(out).keys() == {row[0] for row in bad}
+    assert run(*flags, rows=[*rows, ("new", *GOOD[0][1:])])[0] == 3
+    assert read_samples(out).keys() == {row[0] for row in good} | {"new"}
+
+
 OTHER_SETTINGS = {
     "layers": (["--layers", "1,2"], "layers was [0, 2, 4, 6, 7] and is [1, 2]"),
     "max_new_tokens": (["--max-new-tokens", "5"], "max_new_tokens was 2 and is 5"),
@@ -646,6 +673,20 @@ def test_other_model_prompt_and_revision_are_refused(run, done, no_model, tmp_pa
     template.write_text(template.read_text() + "Well,")
     status, stderr = run("--model", model)
     assert_refused(status, stderr, "model_name was", str(MODEL), str(model), "prompt was", "Well,")
+
+
+def test_other_weights_of_the_same_size_are_refused(run, out, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = copy_model(tmp_path)
+    assert run("--model", model)[0] == 0
+    weights = {
+        name: tensor * 1.5 for name, tensor in load_file(model / "model.safetensors").items()
+    }
+    size = (model / "model.safetensors").stat().st_size
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert (model / "model.safetensors").stat().st_size == size
+    assert_refused(*run("--model", model), "model_revision was")
 
 
 @pytest.mark.parametrize(
@@ -700,9 +741,26 @@ def test_overwrite_deletes_the_programs_own_files_only(run, done, out):
         assert file.attrs["layers"].tolist() == [1]
 
 
-def test_overwrite_keeps_what_is_there_when_the_run_cannot_start(run, done, tmp_path):
-    status, stderr = run("--overwrite", "--model", no_weights(tmp_path))
+@pytest.mark.parametrize("make", [no_weights, weights_cut_short])
+def test_overwrite_keeps_what_is_there_when_the_run_cannot_start(run, done, tmp_path, make):
+    status, stderr = run("--overwrite", "--model", make(tmp_path))
     assert_refused(status, stderr, "model")
+    assert read_samples(done).keys() == {row[0] for row in GOOD}
+
+
+def test_overwrite_keeps_what_is_there_when_the_disk_is_too_small(run, done, monkeypatch):
+    size = sum(path.stat().st_size for path in done.glob("*.h5"))
+    usage = shutil.disk_usage(done)._replace(free=0)
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda _: usage)
+    rows = [(f"{i}", *GOOD[0][1:]) for i in range(size // 2000)]
+    assert_refused(*run("--overwrite", rows=rows), str(done), "free", "needs", "|")
+    assert read_samples(done).keys() == {row[0] for row in GOOD}
+    assert run("--overwrite", rows=GOOD[:1])[0] == 0  # which takes less than what goes
+
+
+def test_overwrite_in_a_slurm_array_is_refused(run, done, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    assert_refused(*run("--overwrite"), "--overwrite", "array")
     assert read_samples(done).keys() == {row[0] for row in GOOD}
 
 
@@ -829,31 +887,66 @@ def test_part_that_somebody_has_open_is_not_damaged(run, done, no_model):
 # ─────────────────────────────────────────── two at once ─────────────────────────────────────────
 
 
-def test_second_run_on_the_same_directory_is_refused(run, done, no_model):
-    """The first is another process: a POSIX lock does not keep its own process out."""
-    code = f"""
+HOLDER = f"""
 import sys, pathlib
 sys.path.insert(0, {str(Path(script.__file__).parent)!r})
 import run_gemma3_extraction as script
-lock = script.OutputLock(pathlib.Path({str(done)!r}), "another")
+lock = script.OutputLock(pathlib.Path(sys.argv[1]), sys.argv[2])
 assert lock.acquire()
-lock.share()
+if sys.argv[3] == "shares":
+    lock.share()
 print(1, flush=True)
 input()
 """
-    first = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+
+
+@contextlib.contextmanager
+def lock_held(directory, run_id, how="shares"):
+    """By another process: a POSIX lock does not keep its own process out."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, directory, run_id, how],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
+    process.stdout.readline()
     try:
-        first.stdout.readline()
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
+
+
+def test_second_run_on_the_same_directory_is_refused(run, done, no_model, monkeypatch):
+    monkeypatch.setattr(script, "load_model", lambda *_: None)  # --overwrite loads it first
+    with lock_held(done, "another") as first:
         for flags in ([], ["--overwrite"]):
             status, stderr = run(*flags)
             assert_refused(status, stderr, str(done), str(first.pid), socket.gethostname())
-    finally:
-        first.kill()
-        first.communicate(timeout=60)
     assert (done / PART).exists()
     assert run()[0] == 0  # the lock of a killed process is no obstacle
+
+
+def test_a_task_of_the_same_array_with_other_settings_is_refused(run, done, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    assert run()[0] == 0
+    run_id = json.loads((done / ".lock").read_text())["run_id"]
+    with lock_held(done, run_id):
+        assert run()[0] == 0
+        assert_refused(*run("--max-new-tokens", "9"), "in use")
+        assert_refused(*run(rows=GOOD[:3]), "in use")
+
+
+def test_who_waits_for_a_preparer_that_dies_prepares_itself(run, done, monkeypatch):
+    """Or it would go on in a directory that nobody has compared with its settings."""
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    assert run()[0] == 0
+    run_id = json.loads((done / ".lock").read_text())["run_id"]
+    with h5py.File(done / PART, "a") as file:
+        file.attrs["max_new_tokens"] = 9
+    with lock_held(done, run_id, "prepares") as first:
+        threading.Timer(3, first.kill).start()
+        assert_refused(*run(), "max_new_tokens was 9 and is 2")
 
 
 @pytest.mark.parametrize("content", ["", '{"run_id": "x", "host": "y", "pid": 1}', "\0garbage"])

@@ -1,6 +1,7 @@
 """States and answers against transformers alone: no hooks, no cache, nothing shared."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
@@ -253,8 +254,9 @@ def test_each_image_and_each_token_is_run_once(model, processor):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_prompt_gone_wrong_spoils_no_other(model, processor, references, monkeypatch, value):
-    """An image whose states are not finite, in a batch with others: those come out as ever."""
+def test_an_image_gone_wrong_spoils_no_other_prompt(
+    model, processor, references, monkeypatch, value
+):
     original = script.Prompts.pixels
 
     def spoil(self, image):
@@ -262,11 +264,43 @@ def test_a_prompt_gone_wrong_spoils_no_other(model, processor, references, monke
 
     monkeypatch.setattr(script.Prompts, "pixels", spoil)
     found = run_all(make_extractor(model, processor), 64)
-    wrong = {q for q, (vectors, _, _) in found.items() if not finite(vectors)}
-    assert wrong == {row.question_id for row in make_rows() if row.image_id == "wide.jpg"}
-    for question_id in found.keys() - wrong:
-        assert found[question_id][1] == references[question_id]["answer"]
-    assert worst_error({q: found[q] for q in found.keys() - wrong}, references) < 1e-4
+    wrong = {row.question_id for row in make_rows() if row.image_id == "wide.jpg"}
+    assert_only_these_are_wrong(found, references, wrong)
+
+
+@pytest.mark.parametrize("max_new_tokens", [0, MAX_NEW_TOKENS])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_question_gone_wrong_spoils_no_other_prompt(
+    model, processor, references, monkeypatch, value, max_new_tokens
+):
+    """Neither those about the same image, which stand in the same row, nor others' answers."""
+    rows = make_rows()
+    tokens = {row.question_id: references[row.question_id]["input_ids"] for row in rows}
+    uses = Counter(token for input_ids in tokens.values() for token in set(input_ids))
+    answers = {token for reference in references.values() for token in reference["answer"]}
+    word = min(token for token, count in uses.items() if count == 1 and token not in answers)
+    embed = model.model.language_model.embed_tokens
+    original = embed.forward
+
+    def spoil(input_ids):
+        embeds = original(input_ids)
+        embeds[input_ids == word] = value
+        return embeds
+
+    monkeypatch.setattr(embed, "forward", spoil)
+    found = run_all(make_extractor(model, processor, max_new_tokens), 64)
+    wrong = {question_id for question_id, input_ids in tokens.items() if word in input_ids}
+    (image_id,) = {row.image_id for row in rows if row.question_id in wrong}
+    assert sum(row.image_id == image_id for row in rows) > 1  # others stand in its row
+    assert_only_these_are_wrong(found, references, wrong, has_answers=max_new_tokens > 0)
+
+
+def assert_only_these_are_wrong(found, references, wrong, has_answers=True):
+    assert {q for q, (vectors, _, _) in found.items() if not finite(vectors)} == wrong
+    good = {question_id: found[question_id] for question_id in found.keys() - wrong}
+    assert worst_error(good, references) < 1e-4
+    for question_id, (_, answer, _) in good.items() if has_answers else ():
+        assert answer == references[question_id]["answer"]
 
 
 def finite(vectors):
