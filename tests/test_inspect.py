@@ -169,10 +169,9 @@ def test_types_in_the_file_are_named(tmp_path, capsys):
         h5py.h5d.create(file.id, b"a", bfloat16, space).write(space, space, np.ones(4, np.float32))
         file.create_dataset("b", data=np.ones(4, np.float16), compression="gzip")
     with h5py.File(tmp_path / "types.h5") as file:
-        tree = inspect_h5.describe_sample(file)
-        out = np.empty((1, 4), np.float32)
-        assert inspect_h5.read_vectors(file, ["."], "a", out) == {}
-    assert tree == {"a": "bfloat16 [4]", "b": "float16 [4] gzip"}
+        tree = inspect_h5.describe_sample(file, ".", ["a", "b"])
+        out = inspect_h5.read(file, ".", "a", 4)
+    assert (tree["a"], tree["b"]) == ("bfloat16 [4]", "float16 [4] gzip")
     assert (out == 1).all()
 
 
@@ -255,7 +254,7 @@ DEFECTS = {
     "an id twice": (copy_to_part_2, "there twice.*'000'"),
     "a gap": (lambda output: (output / PART.format(2)).unlink(), "part 2 is missing"),
     "a first part": (lambda output: (output / PART.format(1)).unlink(), "part 1 is missing"),
-    "half a part": (truncate, "part_002.h5: cannot be read: .*truncated"),
+    "half a part": (truncate, "part_002.h5: cannot be read as a part: .*truncated"),
 }
 
 
@@ -295,6 +294,15 @@ def test_verify_compares_with_the_csv(run_dir, tmp_path, capsys):
     assert len(lines) == 5
     for problem, question_id in expected.items():
         assert any(problem in line and f"(1: {question_id!r})" in line for line in lines)
+
+
+def test_a_csv_with_an_id_twice_is_refused(run_dir, tmp_path, capsys):
+    lines = (run_dir / "vqa.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "twice.csv").write_text("".join(lines + lines[1:2]), encoding="utf-8")
+    args = (run_dir / "output", "--verify", "--vqa-dataset", tmp_path / "twice.csv")
+    status, out, err = call(capsys, *args)
+    assert (status, out, len(err.splitlines())) == (1, "", 1)
+    assert "twice.csv" in err
 
 
 def test_the_csv_may_use_other_names(run_dir, tmp_path, capsys):
@@ -378,6 +386,14 @@ def test_load_embeddings_of_files_in_their_order(run_dir):
     ]
 
 
+def test_parts_stand_as_they_are_given_and_those_of_a_directory_by_number(output):
+    part = output / PART.format(2)
+    (output / PART.format(1000)).symlink_to(part)  # once more, under another name
+    shutil.copy(part, output / PART.format(999))
+    names = [path.name for path in inspect_h5.find_parts([output / PART.format(3), part, output])]
+    assert names == [PART.format(k) for k in (3, 2, 1, 999)]
+
+
 @pytest.mark.parametrize(("kind", "layer"), [(KINDS[1], 5), (KINDS[1], None), ("nothing", None)])
 def test_load_embeddings_refuses(run_dir, kind, layer):
     with pytest.raises(inspect_h5.InspectError):
@@ -419,7 +435,7 @@ def test_plot_draws_a_panel_for_each(run_dir, tmp_path, capsys, flags, panels):
 
 
 def samples_of(output):
-    return inspect_h5.open_run(output)[1]
+    return inspect_h5.scan_parts(output)[1]
 
 
 def test_colours_by_a_column_of_a_csv(run_dir, tmp_path):
@@ -628,7 +644,7 @@ def test_verify_of_parts_stored_otherwise_finds_a_value(stored_otherwise, tmp_pa
         file["000"][QUERY][3] = np.inf
     status, out, _ = call(capsys, output, "--verify")
     assert (status, len(out.splitlines())) == (1, 1)
-    assert f"{QUERY} is not finite (1: '000')" in out
+    assert f"{QUERY}: not finite (1: '000')" in out
 
 
 def test_export_and_load_of_parts_stored_otherwise(stored_otherwise, tmp_path, capsys):
