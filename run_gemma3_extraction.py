@@ -907,7 +907,7 @@ def find_revision(model: str, config) -> str:
     if commit := getattr(config, "_commit_hash", None):
         return commit
     digest = hashlib.sha256()
-    for path in sorted(Path(model).iterdir()):
+    for path in sorted(Path(model).glob("*")):
         if path.suffix in (".json", ".jinja", ".model", ".safetensors"):
             size = path.stat().st_size
             digest.update(f"{path.name} {size} ".encode())
