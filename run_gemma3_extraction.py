@@ -93,6 +93,7 @@ IDENTITY = (
 DAMAGE = (OSError, RuntimeError, LookupError, AttributeError, TypeError, ValueError)
 MAX_FAILED_IMAGES = 25  # different images in a row: then something is wrong with all of them
 MAX_PADDING = 0.125  # of a forward pass; images of too different lengths go in passes of their own
+HOLDER_BYTES = 1024  # of `.lock`, which says who is at work
 SAMPLED_BYTES = 2**16  # at a time, of a model's weights
 SAMPLE_OVERHEAD = 12_288  # bytes that HDF5 takes for a sample's groups, names and texts
 LINE_SECONDS = 30  # between two lines of progress where there is no bar
@@ -159,7 +160,7 @@ class Options:
     checkpoint_interval: int = flag("samples per part file", 1000, **COUNT)
     test: bool = flag("first 3 rows, then checks, and time and disk for all", False, **SWITCH)
     device: str = flag("cuda, cpu or any torch device", "cuda")
-    device_map: str | None = flag("auto spreads one model over several GPUs and the CPU", None)
+    device_map: str | None = flag("spread one model over GPUs and CPU", None, choices=["auto"])
     dtype: str = flag("of the model", "bfloat16", type=dtype_name, choices=list(TEST_BOUNDS))
     layers: tuple[int, ...] | None = flag(
         "negative: from the end (default: first, quarters, last)", None, **LAYERS
@@ -272,9 +273,9 @@ def _find_column(csv_path: Path, header: list[str], names: tuple[str, ...]) -> i
     for name in names:
         if header.count(name) == 1:
             return header.index(name)
-    problem = "twice" if set(names) & set(header) else "not"
+    problem = "there twice" if set(names) & set(header) else "not there"
     raise ExtractionError(
-        f"{csv_path}: column {' or '.join(names)} is {problem} there; its columns: {header}"
+        f"{csv_path}: column {' or '.join(names)} is {problem}; its columns: {header}"
     )
 
 
@@ -312,6 +313,8 @@ def open_image(images_dir: Path, image_id: str) -> Image.Image:
         with Image.open(path) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
+            if image.mode[0] in "IF":  # Pillow would cut every value off at 255
+                raise ValueError(f"its mode is {image.mode}; convert it to 8 bits a channel")
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError as error:
         raise RowError(f"{path} does not exist, or is no file") from error
@@ -546,7 +549,7 @@ class Captured:
         self.query.append(torch.stack([tokens[-1] for tokens in own]).float())
         self.own_sum.append(_sums(own))
         if self.num_shared:
-            self.soft.append(hidden[:, self.soft_pos].float())
+            self.soft.append(hidden[:, self.soft_pos].to(torch.float32, copy=True))
             self.shared_sum.append(_sums([h[:n] for h, n in zip(hidden, self.num_shared)]))
 
 
@@ -576,7 +579,7 @@ class KeyValueCache:
     ) -> None:
         self._buffers = dict(enumerate(key_values))
         self._lengths = {i: keys.shape[2] for i, (keys, _) in self._buffers.items()}
-        self._is_kept = is_kept  # else a pass needs no cache, which takes more than all else
+        self._is_kept = is_kept  # else nothing follows this pass, and memory is dear
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of tokens held."""
@@ -808,7 +811,7 @@ def count_tokens(prompts: list[Prompt]) -> int:
 
 
 def put(values: Tensor | list[int], device: torch.device) -> Tensor:
-    """A tensor on the device; from pinned memory, as any other copy waits for the device."""
+    """A tensor on the device; pinned, as a copy from pageable memory makes the CPU wait."""
     tensor = torch.as_tensor(values)
     if device.type == "cuda":
         tensor = tensor.pin_memory()
@@ -820,7 +823,7 @@ def _mark(device: torch.device) -> Callable[[], None]:
     if device.type == "cpu":
         return lambda: None
     event = torch.Event(device=device)
-    event.record()
+    event.record(torch.accelerator.current_stream(device))  # the default is another device's
     return event.synchronize
 
 
@@ -834,6 +837,8 @@ def explain_load_errors(model: str) -> Iterator[None]:
 
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         advice = "the directory must hold the whole model, its weights as *.safetensors"
@@ -864,6 +869,7 @@ def load_model(options: Options, device: torch.device):
     """The whole model, in evaluation mode, its weights from safetensors and complete."""
     import transformers
 
+    torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     with explain_load_errors(options.model):
@@ -1226,7 +1232,12 @@ class Launch:
 
     def add(self, name: str, amount: int) -> int:
         """Add to a count that all processes share; its value after that."""
-        return self._store.add(name, amount)
+        try:
+            return self._store.add(name, amount)
+        except torch.distributed.DistError:  # who kept the counts is gone: go on alone
+            self._store, self.world_size = torch.distributed.HashStore(), 1
+            self._store.add("finished", 1)
+            return self._store.add(name, amount)
 
 
 class OutputLock:
@@ -1249,11 +1260,14 @@ class OutputLock:
 
         Raises ExtractionError: another run is at work here.
         """
+        deadline = time.monotonic() + 2  # another process may be about to write its name
         while not self.claim(0):
-            time.sleep(0.1)  # the holder may be writing its name
+            time.sleep(0.1)
             with contextlib.suppress(ValueError):
-                self._holder = json.loads(os.pread(self._descriptor, 4096, 0))
+                self._holder = json.loads(os.pread(self._descriptor, HOLDER_BYTES, 0))
             if self._holder.get("run_id") != self._run_id:
+                if time.monotonic() < deadline:
+                    continue
                 raise ExtractionError(
                     f"{self._path.parent} is in use by process {self._holder.get('pid')} on "
                     f"{self._holder.get('host')} | wait for it, or choose another --output-dir"
@@ -1271,8 +1285,8 @@ class OutputLock:
 
     def _tell(self, is_prepared: bool) -> None:
         holder = {"run_id": self._run_id, "host": socket.gethostname(), "pid": os.getpid()}
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(holder | {"is_prepared": is_prepared}).encode(), 0)
+        text = json.dumps(holder | {"is_prepared": is_prepared}).ljust(HOLDER_BYTES)
+        os.pwrite(self._descriptor, text.encode(), 0)
 
     def claim(self, number: int) -> bool:
         """Whether part `number` is this process's to write from now on."""
@@ -1304,8 +1318,8 @@ class Work:
         self.part_of = {row: number for number, rows in parts.items() for row in rows}
         self.num_rows = len(self.part_of)
         self.num_stored = sum(row.question_id in stored for row in self.part_of)
-        self.ends: set[Row] = set()  # after which a claimed part has no row to come
-        self.after_stored: set[Row] = set()  # right before which the plan has rows that went well
+        self.ends: set[Row] = set()  # last missing rows of the claimed parts
+        self.after_stored: set[Row] = set()  # missing rows behind a stored one in the plan
         self._parts = parts
         self._stored = stored
         self._launch = launch
@@ -1339,6 +1353,8 @@ def open_output(options: Options, settings: dict, shapes: dict, rows: list[Row],
     output_dir = options.output_dir
     identity = json.dumps([settings[name] for name in (*IDENTITY, "dataset_sha256")])
     run_id = f"{launch.run_id}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    # Once a launch: a process that comes late finds what the others wrote.
+    overwrites = options.overwrite and launch.add("overwritten", 1) == 1
     size = bytes_per_sample(shapes, options.storage_dtype)
     parts = plan_parts(rows, options.checkpoint_interval)
     if options.test:
@@ -1350,10 +1366,10 @@ def open_output(options: Options, settings: dict, shapes: dict, rows: list[Row],
         if not lock.acquire():
             stored = set().union(*map(stored_ids, find_parts(output_dir)))
             return Work(parts, stored, launch, lock)
-        stored = set() if options.overwrite else scan_parts(output_dir, settings, shapes, rows)
+        stored = set() if overwrites else scan_parts(output_dir, settings, shapes, rows)
         work = Work(parts, stored, launch, lock)
-        check_disk(output_dir, (work.num_rows - work.num_stored) * size, options.overwrite)
-        remove_files(output_dir, everything=options.overwrite)
+        check_disk(output_dir, (work.num_rows - work.num_stored) * size, overwrites)
+        remove_files(output_dir, everything=overwrites)
         missing = {row.question_id for row in rows} - stored
         update_failures(output_dir, lambda question_id: question_id in missing)
         lock.share()
@@ -1366,7 +1382,7 @@ def open_output(options: Options, settings: dict, shapes: dict, rows: list[Row],
 
 
 def check_disk(output_dir: Path, needed: int, frees_parts: bool) -> None:
-    """Raise ExtractionError if what is to come has no room beside, or instead of, what is there."""
+    """Raise ExtractionError if what is to come does not fit; what is to go counts as free."""
     free = shutil.disk_usage(output_dir).free
     if frees_parts:
         free += sum(path.stat().st_size for path in find_parts(output_dir))
@@ -1423,7 +1439,7 @@ def prepare_image(
 def prepare_ahead(
     rows: Iterable[Row], prepare: Callable[[list[Row]], list], num_workers: int, num_images: int
 ) -> Iterator[Prompt | Failure]:
-    """Row after row in order; threads prepare `num_images` while the model is at earlier ones."""
+    """Row after row in order; threads prepare `num_images` while the model works on others."""
     pending: deque = deque()
     with ThreadPoolExecutor(num_workers) as pool:
         try:
@@ -1481,7 +1497,7 @@ class Progress:
 
     def __init__(self, launch: Launch, num_rows: int, num_stored: int) -> None:
         self._launch = launch
-        self._is_terminal = sys.stderr.isatty()
+        self._is_terminal = sys.stderr.isatty() and launch.rank == 0
         self._last_line = time.monotonic()
         file = sys.stderr if self._is_terminal else open(os.devnull, "w")
         self.bar = tqdm(total=num_rows, initial=num_stored, unit=" samples", file=file, ncols=100)
@@ -1516,7 +1532,8 @@ class Run:
 class Recorder:
     """Checks, decodes and writes what the model gives, in the plan's order.
 
-    Its errors are ExtractionErrors; after one it takes nothing more, and keeps what it had.
+    Its errors are ExtractionErrors. After one it takes nothing more; the part in hand is saved,
+    unless it was the writing that failed.
     """
 
     def __init__(self, run: Run) -> None:
@@ -1667,7 +1684,6 @@ def wait_for_all(run: Run) -> None:
 def summarise(run: Run, num_seconds: float) -> int:
     """The last line; the exit status."""
     launch, work, stop = run.launch, run.work, run.stop
-    run.progress.bar.close()
     if stop.status:
         log.warning("stopped; what was done is saved, and the same command goes on from there")
         return stop.status
@@ -1721,6 +1737,7 @@ def extract(options: Options) -> int:
             work_through(run, extractor)
         wait_for_all(run)
         num_seconds = time.monotonic() - start
+        progress.bar.close()
         if options.test and launch.rank == 0 and not stop.status:
             is_sound = report_test(run, extractor, rows)
         status = summarise(run, num_seconds)
@@ -1912,7 +1929,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return extract(options)
     except torch.OutOfMemoryError as error:
-        log.error("the device's memory is too small for it: %s", one_line(error))
+        advice = "a smaller --batch-size, --device-map auto, or a larger card"
+        log.error("the device's memory is too small: %s | %s", one_line(error), advice)
     except ExtractionError as error:
         log.error("%s", one_line(error))
     return 1

@@ -135,6 +135,7 @@ def images_dir(tmp_path_factory):
     (images / "html.jpg").write_text("<html><body>404 Not Found</body></html>")
     (images / "directory.png").mkdir()
     os.mkfifo(images / "pipe.png")
+    Image.new("I;16", (32, 20), 3000).save(images / "deep.png")
     write_black_png(images / "bomb.png", 20_000, 20_000)
     write_black_png(images / "large.png", 10_000, 10_000)
     write_broken_exif(images / "exif.jpg")
@@ -165,6 +166,7 @@ BAD_ROWS = {  # question_id: image_id, question, what the error must hold
     "html": ("html.jpg", Q, "html.jpg"),
     "directory": ("directory.png", Q, "directory.png"),
     "pipe": ("pipe.png", Q, "pipe.png"),
+    "16 bits": ("deep.png", Q, "8 bits"),
     "avif": ("broken.avif", Q, "broken.avif"),
     "dds": ("broken.dds", Q, "broken.dds"),
     "start_of_image": ("circle.png", "what is <start_of_image>?", "<start_of_image>"),
@@ -307,7 +309,7 @@ BAD_CSVS = {
     "blank id": (H + b"  ,a.png,q,b\n", "line 2.*question_id is empty"),
     "missing column": (b"question_id,image_id,answer\n1,a.png,b\n", "column question is not there"),
     "semicolons": (H.replace(b",", b";") + b"1;a.png;q;b\n", "column question_id is not there"),
-    "column twice": (b"question_id," + H + b"1,1,a.png,q,b\n", "column question_id is twice"),
+    "column twice": (b"question_id," + H + b"1,1,a.png,q,b\n", "column question_id is there twice"),
     "open quote": (H + b'1,a.png,"q,b\n2,a.png,q,b\n', "line 3"),
     "text after a quote": (H + b'1,a.png,q,b\n2,a.png,"what" is it?,b\n', "line 3"),
 }
@@ -466,6 +468,16 @@ def test_too_little_room_is_seen_before_the_model_loads(run, no_model, monkeypat
     usage = shutil.disk_usage(out.parent)._replace(free=10_000)
     monkeypatch.setattr(script.shutil, "disk_usage", lambda _: usage)
     assert_refused(*run(), str(out), "free", "needs", "|")
+
+
+def test_a_model_too_large_for_the_device_is_told_so(run, monkeypatch):
+    import transformers
+
+    def load(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 24 GiB.\nSee the docs.")
+
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", load)
+    assert_refused(*run(), "memory is too small", "--device-map auto")
 
 
 def copy_model(tmp_path, *without):
@@ -756,6 +768,17 @@ def test_overwrite_keeps_what_is_there_when_the_disk_is_too_small(run, done, mon
     assert_refused(*run("--overwrite", rows=rows), str(done), "free", "needs", "|")
     assert read_samples(done).keys() == {row[0] for row in GOOD}
     assert run("--overwrite", rows=GOOD[:1])[0] == 0  # which takes less than what goes
+
+
+def test_a_process_that_comes_late_overwrites_nothing(run, done, monkeypatch):
+    """Of a launch whose other processes have done all the work and left."""
+    launch = script.Launch()
+    launch.add("overwritten", 1)
+    monkeypatch.setattr(script, "Launch", lambda: launch)
+    before = read_samples(done)
+    status, stderr = run("--overwrite")
+    assert (status, "(0 failed, 4 already done)" in stderr) == (0, True)
+    assert_same_samples(read_samples(done), before, bound=0)
 
 
 def test_overwrite_in_a_slurm_array_is_refused(run, done, monkeypatch):
