@@ -1528,6 +1528,10 @@ class Run:
     progress: Progress
     stop: StopSignal
 
+    def prepare(self, rows: list[Row]) -> list[Prompt | Failure]:
+        """The rows about one image as the model reads them."""
+        return prepare_image(rows, self.options, self.prompts, self.device)
+
 
 class Recorder:
     """Checks, decodes and writes what the model gives, in the plan's order.
@@ -1650,12 +1654,9 @@ def work_through(run: Run, extractor: Extractor) -> None:
     Raises ExtractionError: it could not go on; what was done is saved.
     """
     options, recorder, recorded = run.options, Recorder(run), deque()
-    prepare = functools.partial(
-        prepare_image, options=options, prompts=run.prompts, device=run.device
-    )
     claimed = run.work.claim_rows(options.output_dir)
     num_images = 2 * options.num_workers + options.batch_size
-    rows = prepare_ahead(claimed, prepare, options.num_workers, num_images)
+    rows = prepare_ahead(claimed, run.prepare, options.num_workers, num_images)
     with ThreadPoolExecutor(1) as thread, contextlib.closing(rows):
         try:
             for batch in make_batches(rows, options.batch_size):
@@ -1820,12 +1821,9 @@ def time_rows(
         ]
         for row in itertools.islice(itertools.cycle(tried), max(3, options.batch_size // each))
     ]
-    prepare = functools.partial(
-        prepare_image, options=options, prompts=run.prompts, device=run.device
-    )
     begin, num_tokens, num_rows = time.monotonic(), 0, each * len(groups)
     with ThreadPoolExecutor(options.num_workers) as pool:
-        prepared = itertools.chain.from_iterable(pool.map(prepare, groups))
+        prepared = itertools.chain.from_iterable(pool.map(run.prepare, groups))
         for batch in make_batches(prepared, options.batch_size):
             for sample in run_batch(extractor, batch):
                 if isinstance(sample, Sample):
@@ -1840,7 +1838,7 @@ def report_test(run: Run, extractor: Extractor, rows: list[Row]) -> bool:
     tried = []
     for row in first:  # its image is asked all the questions, so that it goes the shared way
         others = [dataclasses.replace(r, image_id=row.image_id) for r in first if r is not row]
-        found = prepare_image([row, *others], options, prompts, run.device)
+        found = run.prepare([row, *others])
         if isinstance(found[0], Prompt):
             tried.append([prompt for prompt in found if isinstance(prompt, Prompt)])
     if not tried:
