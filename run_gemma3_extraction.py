@@ -1225,7 +1225,13 @@ class Launch:
         self.run_id = f"slurm-{array}" if array else uuid.uuid4().hex
         self._store = torch.distributed.HashStore()
         if self.world_size > 1:
-            self._store, _, _ = next(torch.distributed.rendezvous("env://"))
+            try:
+                self._store, _, _ = next(torch.distributed.rendezvous("env://"))
+            except (ValueError, torch.distributed.DistError) as error:
+                raise ExtractionError(
+                    f"WORLD_SIZE is {self.world_size}, but the processes find no store: {error} "
+                    "| start them with accelerate launch or torchrun"
+                ) from error
             if self.rank == 0:
                 self._store.set("run_id", self.run_id)
             self.run_id = self._store.get("run_id").decode()

@@ -433,6 +433,12 @@ def test_device_that_does_not_exist(device, run, no_model):
     assert_refused(*run("--device", device), f"--device {device}")
 
 
+def test_a_launcher_that_tells_only_half_is_refused(run, no_model, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert_refused(*run(), "WORLD_SIZE", "torchrun")
+
+
 def test_no_image_at_all(run, no_model, tmp_path, out):
     for images_dir in (tmp_path / "nowhere", CSV, tmp_path):
         assert_refused(*run(images_dir=images_dir), images_dir, "none of the", "circle.png")
