@@ -1359,8 +1359,6 @@ def open_output(options: Options, settings: dict, shapes: dict, rows: list[Row],
     output_dir = options.output_dir
     identity = json.dumps([settings[name] for name in (*IDENTITY, "dataset_sha256")])
     run_id = f"{launch.run_id}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-    # Once a launch: a process that comes late finds what the others wrote.
-    overwrites = options.overwrite and launch.add("overwritten", 1) == 1
     size = bytes_per_sample(shapes, options.storage_dtype)
     parts = plan_parts(rows, options.checkpoint_interval)
     if options.test:
@@ -1372,6 +1370,8 @@ def open_output(options: Options, settings: dict, shapes: dict, rows: list[Row],
         if not lock.acquire():
             stored = set().union(*map(stored_ids, find_parts(output_dir)))
             return Work(parts, stored, launch, lock)
+        # Once a launch, by whoever prepares first: one that comes late finds what the others wrote.
+        overwrites = options.overwrite and launch.add("overwritten", 1) == 1
         stored = set() if overwrites else scan_parts(output_dir, settings, shapes, rows)
         work = Work(parts, stored, launch, lock)
         check_disk(output_dir, (work.num_rows - work.num_stored) * size, overwrites)
@@ -1820,12 +1820,13 @@ def time_rows(
     """Seconds and answer tokens a row: a batch of those `tried`, as many an image as in `rows`."""
     options, again, numbers = run.options, itertools.cycle(tried), itertools.count()
     each = min(round(len(rows) / len({row.image_id for row in rows})), max(options.batch_size, 16))
+    num_images = max(-(-len(tried) // each), options.batch_size // each)
     groups = [
         [
             dataclasses.replace(next(again), index=next(numbers), image_id=row.image_id)
             for _ in range(each)
         ]
-        for row in itertools.islice(itertools.cycle(tried), max(3, options.batch_size // each))
+        for row in itertools.islice(itertools.cycle(tried), num_images)
     ]
     begin, num_tokens, num_rows = time.monotonic(), 0, each * len(groups)
     with ThreadPoolExecutor(options.num_workers) as pool:

@@ -787,6 +787,17 @@ def test_a_process_that_comes_late_overwrites_nothing(run, done, monkeypatch):
     assert_same_samples(read_samples(done), before, bound=0)
 
 
+def test_overwriting_is_left_to_the_process_that_prepares(run, done, monkeypatch):
+    """Or another one prepares, keeps the old parts, and nobody overwrites."""
+    launch = script.Launch()
+    monkeypatch.setattr(script, "Launch", lambda: launch)
+    assert run()[0] == 0
+    run_id = json.loads((done / ".lock").read_text())["run_id"]
+    with lock_held(done, run_id):
+        assert run("--overwrite")[0] == 0
+    assert launch.add("overwritten", 0) == 0
+
+
 def test_overwrite_in_a_slurm_array_is_refused(run, done, monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
     assert_refused(*run("--overwrite"), "--overwrite", "array")
