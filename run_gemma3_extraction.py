@@ -1820,7 +1820,7 @@ def time_rows(
     """Seconds and answer tokens a row: a batch of those `tried`, as many an image as in `rows`."""
     options, again, numbers = run.options, itertools.cycle(tried), itertools.count()
     each = min(round(len(rows) / len({row.image_id for row in rows})), max(options.batch_size, 16))
-    num_images = max(-(-len(tried) // each), options.batch_size // each)
+    num_images = max(len(tried), options.batch_size // each)  # answers differ between images
     groups = [
         [
             dataclasses.replace(next(again), index=next(numbers), image_id=row.image_id)
