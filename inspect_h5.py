@@ -277,11 +277,11 @@ def choose_marks(table: pd.DataFrame, field: str) -> list[tuple]:
     if numbers.count() == values.count() and len(counts) > 2:
         return [(slice(None), {"c": numbers, "plotnonfinite": True})]  # hollow: no value
     marks = [
-        (values == value, {"c": color, "marker": marker, "label": f"{one_line(value, 24)} ({n:,})"})
+        (values == value, {"c": color, "marker": marker, "label": f"{n:,} × {one_line(value, 24)}"})
         for (value, n), color, marker in zip(counts.items(), COLORS, "os^Dv*P<X>")
     ]
     rest = ~values.isin(counts.index[: len(COLORS)])
-    grey = {"c": "#BBBBBB", "zorder": 0, "label": f"all others ({rest.sum():,})"}
+    grey = {"c": "#BBBBBB", "zorder": 0, "label": f"{rest.sum():,} × others"}
     return marks + [(rest, grey)] * bool(rest.any())
 
 

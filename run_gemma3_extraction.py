@@ -64,7 +64,6 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 # ────────────────────────────────────────── constants ──────────────────────────────────────────
-
 SCHEMA_VERSION = 1
 PART_NAME = "gemma3_12b_embeddings_part_{:03d}.h5"
 FAILED_NAME = "failed_samples.csv"
@@ -112,8 +111,6 @@ class RowError(ValueError):
 
 
 # ─────────────────────────────────────────── options ───────────────────────────────────────────
-
-
 def at_least(least: int) -> Callable[[str], int]:
     """A whole number from `least`."""
 
@@ -175,8 +172,6 @@ class Options:
 
 
 # ────────────────────────────────────────── what flows ─────────────────────────────────────────
-
-
 @dataclass(frozen=True)
 class Row:
     """One line of the CSV, to the letter; `index` counts data lines from 0."""
@@ -231,8 +226,6 @@ class Sample:
 
 
 # ─────────────────────────────────── reading rows and images ───────────────────────────────────
-
-
 def read_rows(csv_path: Path) -> list[Row]:
     """Every row of the CSV, text as it stands: `007`, `NA`, `None` and empty answers survive.
 
@@ -341,8 +334,6 @@ def check_images(rows: list[Row], images_dir: Path) -> None:
 
 
 # ──────────────────────────────────── prompts and positions ────────────────────────────────────
-
-
 def find_soft_tokens(input_ids: list[int], image_token_id: int, count: int) -> tuple[int, int]:
     """First position of the image's soft tokens, and the one after the last.
 
@@ -502,8 +493,6 @@ def attention_masks(query: Tensor, key: Tensor, window: int) -> dict[str, Tensor
 
 
 # ──────────────────────────────────────────── hooks ────────────────────────────────────────────
-
-
 @contextlib.contextmanager
 def forward_hooks(hooks: list[tuple[nn.Module, Callable[[Tensor], None]]]) -> Iterator[None]:
     """Show each module's output to its observer; every hook is gone afterwards, come what may.
@@ -558,8 +547,6 @@ def _sums(sequences: list[Tensor]) -> Tensor:
 
 
 # ───────────────────────────────────────── extraction ──────────────────────────────────────────
-
-
 def state_shapes(config, layers: list[int]) -> dict[str, int]:
     """Name and width of every vector of a sample, in the order in which they are kept."""
     names = [f"{kind}/layer_{i}" for kind in LAYER_KINDS for i in layers]
@@ -828,8 +815,6 @@ def _mark(device: torch.device) -> Callable[[], None]:
 
 
 # ────────────────────────────────────── loading the model ──────────────────────────────────────
-
-
 @contextlib.contextmanager
 def explain_load_errors(model: str) -> Iterator[None]:
     """Turn what transformers raises for a missing, gated or broken model into one line."""
@@ -965,8 +950,6 @@ def describe_run(options: Options, config, prompts: Prompts, rows: list[Row], de
 
 
 # ────────────────────────────────── writing and resuming parts ─────────────────────────────────
-
-
 def part_path(output_dir: Path, number: int) -> Path:
     """Where part `number` belongs."""
     return output_dir / PART_NAME.format(number)
@@ -1210,8 +1193,6 @@ def remove_files(output_dir: Path, everything: bool) -> None:
 
 
 # ─────────────────────────────────── processes on one output ───────────────────────────────────
-
-
 class Launch:
     """The processes of one launch (torchrun, accelerate) and what they count together.
 
@@ -1400,8 +1381,6 @@ def check_disk(output_dir: Path, needed: int, frees_parts: bool) -> None:
 
 
 # ─────────────────────────────────────────── the run ───────────────────────────────────────────
-
-
 class StopSignal:
     """Turns Ctrl-C, SIGTERM and SIGUSR1 (Slurm's early warning) into a wish to stop.
 
@@ -1753,8 +1732,6 @@ def extract(options: Options) -> int:
 
 
 # ─────────────────────────────────────────── --test ────────────────────────────────────────────
-
-
 @torch.inference_mode()
 def plain_forward(model, processor, image: Image.Image, question: str, has_mask: bool = True):
     """The same prompt by transformers alone: no hooks, no cache, nothing shared.
@@ -1892,8 +1869,6 @@ def peak_memory(device: torch.device) -> str:
 
 
 # ───────────────────────────────────────── command line ────────────────────────────────────────
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line: a flag for every field of `Options`."""
     parser = argparse.ArgumentParser(

@@ -478,7 +478,7 @@ def test_colours_of_two_numbers_are_categories(run_dir, tmp_path):
     labels = pd.DataFrame({"question_id": ids, "label": ["0", "1"] * 5 + ["", ""]})
     labels.to_csv(tmp_path / "labels.csv", index=False)
     marks = marks_of(run_dir, f"{tmp_path}/labels.csv:label")
-    expected = {"0 (5)": "0", "1 (5)": "1", "all others (2)": ""}
+    expected = {"5 × 0": "0", "5 × 1": "1", "2 × others": ""}
     assert [mark["label"] for _, mark in marks] == list(expected)
     for samples, mark in marks:
         np.testing.assert_array_equal(samples, labels["label"] == expected[mark["label"]])
@@ -488,12 +488,12 @@ def test_colours_by_text_keep_none_and_numbers(run_dir):
     texts = pd.Series([s["ground_truth_answer"] for s in stored(run_dir / "output")])
     *marks, (_, grey) = marks_of(run_dir, "ground_truth_answer")
     labels = [mark["label"] for _, mark in marks]
-    assert {"None", "007", "nan"} <= {label.rpartition(" (")[0] for label in labels}
+    assert {"None", "007", "nan"} <= {label.partition(" × ")[2] for label in labels}
     assert len(labels) == len({mark["c"] for _, mark in marks})
     for samples, mark in marks:
         (text,) = set(texts[list(samples)])
-        assert mark["label"] == f"{inspect_h5.one_line(text, 24)} ({(texts == text).sum()})"
-    assert grey["label"] == f"all others ({len(texts) - sum(sum(s) for s, _ in marks)})"
+        assert mark["label"] == f"{(texts == text).sum()} × {inspect_h5.one_line(text, 24)}"
+    assert grey["label"] == f"{len(texts) - sum(sum(s) for s, _ in marks)} × others"
 
 
 def luminance(color):
@@ -509,7 +509,7 @@ def test_plot_of_one_layer_and_two_categories(run_dir, tmp_path, capsys, figures
     (figure,) = figures
     figure.draw_without_rendering()
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["yes (8)", "no (4)"]
+    assert [text.get_text() for text in legend.get_texts()] == ["8 × yes", "4 × no"]
     for kind, axes in zip(KINDS, figure.axes, strict=True):
         assert axes.get_title().startswith(f"{kind}\nlayer_4\n")
         yes, no = axes.collections
@@ -533,7 +533,7 @@ def test_plot_of_one_layer_and_two_categories(run_dir, tmp_path, capsys, figures
 
 def test_categories_that_begin_alike_have_entries_of_their_own(run_dir, tmp_path, capsys, figures):
     ids = [s["question_id"] for s in stored(run_dir / "output")]
-    texts = [f"the picture shows a small {what}" for what in ("cat", "dog")] * 6
+    texts = [f"_the picture shows a small {what}" for what in ("cat", "dog")] * 6
     pd.DataFrame({"question_id": ids, "label": texts}).to_csv(tmp_path / "labels.csv", index=False)
     flags = ["--layer", "4", "--color-by", f"{tmp_path}/labels.csv:label"]
     assert call(capsys, run_dir / "output", "--plot", tmp_path / "x.png", *flags)[0] == 0
