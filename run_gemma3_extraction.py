@@ -94,7 +94,8 @@ MAX_FAILED_IMAGES = 25  # different images in a row: then something is wrong wit
 MAX_PADDING = 0.125  # of a forward pass; images of too different lengths go in passes of their own
 HOLDER_BYTES = 1024  # of `.lock`, which says who is at work
 SAMPLED_BYTES = 2**16  # at a time, of a model's weights
-SAMPLE_OVERHEAD = 12_288  # bytes that HDF5 takes for a sample's groups, names and texts
+SAMPLE_OVERHEAD, VECTOR_OVERHEAD = 4096, 450  # bytes of a file beside the vectors themselves
+DISK_AHEAD = 2**20  # bytes that are reserved on the disk beyond the next sample
 LINE_SECONDS = 30  # between two lines of progress where there is no bar
 NUM_TEST_ROWS = 3
 TEST_BOUNDS = {"float32": 1e-4, "bfloat16": 0.1}  # relative L2 error to a plain forward pass
@@ -1007,7 +1008,7 @@ def write_vector(
 def bytes_per_sample(shapes: dict[str, int], storage_dtype: str) -> int:
     """What one sample takes on the disk, uncompressed."""
     sizes = {name: storage_type(name, storage_dtype).get_size() for name in shapes}
-    return sum(shapes[name] * sizes[name] for name in shapes) + SAMPLE_OVERHEAD
+    return SAMPLE_OVERHEAD + sum(n * sizes[name] + VECTOR_OVERHEAD for name, n in shapes.items())
 
 
 def sync(path: Path) -> None:
@@ -1029,18 +1030,18 @@ def replace_file(path: Path, partial: Path) -> None:
 class PartWriter:
     """Writes one part under another name, and renames it into place once it is safe on the disk.
 
-    What a finished file of the same number holds is taken over. The part is put together in memory:
-    HDF5 itself ends the process when a disk is full.
+    What a finished file of the same number holds is taken over. Room on the disk is taken before
+    HDF5 is given anything to write: a full disk is an OSError here, and would be a crash there.
     """
 
     def __init__(self, path: Path, attributes: dict, compression: str) -> None:
         self.path = path
         self._partial = path.with_suffix(".partial")
-        self._partial.touch()
         self._storage = (attributes["storage_dtype"], compression)
         # HDF5 1.10's format: smaller, and with checksums over all but the vectors themselves.
-        in_memory = {"driver": "core", "backing_store": False, "block_size": 2**24}
-        self._file = h5py.File(self._partial, "w", libver=("v110", "v110"), **in_memory)
+        self._file = h5py.File(self._partial, "w", libver=("v110", "v110"))
+        self._reserved = 0
+        self._reserve(path.stat().st_size if path.exists() else 0)
         self._file.attrs.update(attributes)
         if path.exists():
             with h5py.File(path) as finished:
@@ -1048,10 +1049,18 @@ class PartWriter:
                     finished.copy(name, self._file)
         self._num_before = len(self._file)
 
+    def _reserve(self, size: int) -> None:
+        needed = self._file.id.get_filesize() + size + DISK_AHEAD
+        if needed > self._reserved:
+            with open(self._partial, "rb+") as file:
+                os.posix_fallocate(file.fileno(), self._reserved, needed - self._reserved)
+            self._reserved = needed
+
     def add(self, row: Row, states: dict[str, np.ndarray], answer: str, attributes: dict) -> None:
         """Write one sample."""
-        group = self._file.create_group(group_name(row.question_id))
         texts = (row.question, row.image_id, answer, row.ground_truth)
+        self._reserve(sum(v.nbytes for v in states.values()) + 4 * sum(map(len, texts)))
+        group = self._file.create_group(group_name(row.question_id))
         for name, text in zip(TEXTS, texts, strict=True):
             group.create_dataset(name, data=text, dtype=h5py.string_dtype())
         for name, vector in states.items():
@@ -1067,8 +1076,9 @@ class PartWriter:
         self._file.attrs["num_samples"] = count
         self._file.attrs["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
         self._file.flush()
-        self._partial.write_bytes(self._file.id.get_file_image())
+        size = self._file.id.get_filesize()
         self._file.close()
+        os.truncate(self._partial, size)
         with h5py.File(self._partial) as written:
             if len(written) != count:
                 raise OSError(f"{self._partial} holds {len(written)} samples; expected {count}")

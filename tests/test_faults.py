@@ -275,12 +275,12 @@ def test_a_file_that_may_not_grow_costs_its_part_only(tmp_path):
     csv_path = write_csv(tmp_path / "rows.csv", 16, missing_every=0)
     lines = csv_path.read_text().splitlines()
     place = next(i for i, line in enumerate(lines) if line.startswith("6/"))
-    lines[place] += "x" * 400_000  # of the answer
+    lines[place] += "x" * 4_000_000  # of the answer
     csv_path.write_text("\n".join(lines) + "\n")
     out = tmp_path / "out"
 
     def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, resource.RLIM_INFINITY))
 
     for _ in range(2):
         status, stderr = run_to_the_end(csv_path, out, preexec_fn=limit)

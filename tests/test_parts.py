@@ -1,12 +1,15 @@
 """Part files: names, types, and what becomes of them."""
 
 import csv
+import subprocess
+import sys
 import urllib.parse
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import run_gemma3_extraction as script
 
@@ -118,6 +121,47 @@ def test_a_part_that_gained_nothing_stays_as_it_was(tmp_path):
     write_part(path, [])
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+# Writes a part at the 12B's sizes, and tells the peak of its memory in MB on the way.
+WRITE_LARGE = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+import run_gemma3_extraction as script
+
+names = [f"{kind}/layer_{i}" for kind in script.LAYER_KINDS for i in (0, 12, 24, 36, 47)]
+states = dict.fromkeys(names, np.ones(3840, np.float32)) | {script.VISION: np.ones(1152, "f4")}
+writer = script.PartWriter(Path(sys.argv[1]), {"storage_dtype": "float32"}, "none")
+for index in range(1000):
+    row = script.Row(index, str(index), "a.png", "q", "NA")
+    writer.add(row, states, "", {})
+    if index in (499, 999):
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+writer.finish()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def test_a_part_is_on_the_disk_and_not_in_memory(tmp_path):
+    command = [sys.executable, "-c", WRITE_LARGE, tmp_path / "a.h5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    half, whole, finished = map(float, done.stdout.split())
+    assert (tmp_path / "a.h5").stat().st_size > 230e6
+    assert finished - half < 50, (half, whole, finished)
+
+
+@pytest.mark.parametrize("num_layers", [1, 5, 48])
+def test_a_sample_takes_what_is_told(tmp_path, num_layers):
+    names = [f"{kind}/layer_{i}" for kind in script.LAYER_KINDS for i in range(num_layers)]
+    shapes = {script.VISION: 24} | dict.fromkeys(names, 32)
+    states = {name: np.ones(width, np.float32) for name, width in shapes.items()}
+    writer = script.PartWriter(tmp_path / "a.h5", SETTINGS, "none")
+    for index in range(300):
+        writer.add(make_row(index), states, "an answer", ATTRIBUTES)
+    writer.finish()
+    told = 300 * script.bytes_per_sample(shapes, "float32")
+    assert 0.7 * told < (tmp_path / "a.h5").stat().st_size < told
 
 
 def damage_count(file):
