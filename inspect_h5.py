@@ -50,11 +50,11 @@ def scan_parts(paths: Paths, is_strict: bool = True) -> tuple[dict, Samples, dic
         found += (inside := sorted(inside, key=lambda part: (len(part.name), part)))  # by number
         if not inside:
             raise ValueError(f"{path} is no file, and no directory with part files in it")
-    for path in dict.fromkeys(found):
+    for path in {path.resolve(): path for path in found}.values():
         try:
             with h5py.File(path) as file:
                 part = {name: np.asarray(value).tolist() for name, value in file.attrs.items()}
-                rows = {name: file.require_group(name).attrs.get("row", -1) for name in file}
+                rows = {name: int(file.require_group(name).attrs.get("row", -1)) for name in file}
             choose_vectors(part)
         except UNREADABLE as error:
             parts[path], findings[f"{path}: cannot be read as a part: {error}"] = {}, []
@@ -67,8 +67,8 @@ def scan_parts(paths: Paths, is_strict: bool = True) -> tuple[dict, Samples, dic
             findings[f"{path}: question_id is there twice"] = list(map(unquote, twice))
         samples |= {name: path for name in sorted(rows, key=rows.get) if name not in samples}
         parts[path] = part
-    if findings and is_strict:
-        raise ValueError(next(iter(findings)))
+    if is_strict and (findings or not parts):
+        raise ValueError(next(iter(findings), "no part files"))
     return parts, [(path, name) for name, path in samples.items()], findings
 
 
@@ -86,8 +86,10 @@ def choose_vectors(part: dict, kind: str | None = None, layer: int | None = None
 def read(group: h5py.Group, member: str, width: int | None = None) -> np.ndarray | str:
     """A vector of this width, or a text. h5py's `group[member][()]` is up to three times slower."""
     shape, dtype = ((), h5py.string_dtype()) if width is None else ((width,), np.float32)
-    values, space = np.empty(shape, dtype), h5py.h5s.create_simple(shape)
-    h5py.h5d.open(group.id, member.encode()).read(space, h5py.h5s.ALL, values)
+    dataset, values = h5py.h5d.open(group.id, member.encode()), np.empty(shape, dtype)
+    if (dataset.shape, dataset.dtype) != (shape, values.dtype):
+        raise ValueError(f"{dataset.dtype} {dataset.shape}, not {values.dtype} {shape}")
+    dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
     return values.item().decode() if width is None else values
 
 
@@ -99,19 +101,19 @@ def each(samples: Samples, function: Callable, *args) -> Iterator:
                 try:
                     yield function(file[name], *args)
                 except UNREADABLE as error:
-                    raise ValueError(f"{path}, {unquote(name)!r}: {error.args[0]}") from error
+                    raise ValueError(f"{path}, {unquote(name)!r}: {error.args[-1]}") from error
 
 
 def read_texts(samples: Samples) -> pd.DataFrame:
     """question_id, texts and attributes, in the order of `samples`."""
-    rows = each(samples, lambda group: {**group.attrs, **{n: read(group, n) for n in TEXTS}})
-    return pd.DataFrame(rows, columns=["question_id", *TEXTS, *COUNTS, "answer_truncated"])
+    rows = each(samples, lambda group: {n: read(group, n) for n in TEXTS} | dict(group.attrs))
+    table = pd.DataFrame(rows, columns=["question_id", *TEXTS, *COUNTS, "answer_truncated"])
+    return table.assign(question_id=[unquote(name) for _, name in samples])
 
 
 def read_matrix(samples: Samples, vector: str, width: int) -> np.ndarray:
     """One vector of each sample, in their order: float32 [num_samples, width]."""
-    dtype = np.dtype((np.float32, width))
-    return np.fromiter(each(samples, read, vector, width), dtype, len(samples))
+    return np.fromiter(each(samples, read, vector, width), (np.float32, width), len(samples))
 
 
 def load_embeddings(paths: Paths, representation: str, layer: int | None = None) -> Embeddings:
@@ -129,8 +131,8 @@ def load_embeddings(paths: Paths, representation: str, layer: int | None = None)
 def read_table(path: Path, *columns: tuple[str, ...]) -> pd.DataFrame:
     """A CSV by question_id, text as it stands; all of it, or columns by the first name it has."""
     try:
-        table = pd.read_csv(path, dtype=str, na_filter=False, index_col=False, encoding="utf-8-sig")
-        table = table.set_index("question_id")
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            table = pd.read_csv(file, index_col="question_id", dtype=str, na_filter=False)
         chosen = [next((name for name in names if name in table), names[0]) for names in columns]
         table = table[chosen or table.columns]
     except UNREADABLE as error:
@@ -185,8 +187,7 @@ def show(facts: dict, width: int) -> Iterator[str]:
     for name, value in facts["settings"].items():
         yield f"{name:<22}{one_line(str(value).strip('[]'), width)}"
     yield from ["", *(f"{path:<38}{what}" for path, what in facts["sample"].items()), ""]
-    drawn = " (drawn at random; --all reads all)" * (num_read < total)
-    yield f"figures of {num_read:,} samples{drawn}"
+    yield f"figures of {num_read:,} samples" + ", drawn at random" * (num_read < total)
     yield f"{'':36}  dim  mean L2   sd L2 max |x|   bad  cosine"
     for name, figures in facts["figures"].items():
         dim, *sizes, bad, cosine = (np.nan if x is None else x for x in figures.values())
@@ -203,9 +204,9 @@ def verify_sample(group: h5py.Group, parts: dict[Path, dict]) -> dict:
     """A sample's texts, a hash of each vector, and the problems with it."""
     path, name, problems = Path(group.file.filename), unquote(group.name[1:]), []
     sample = {"path": path, "question_id": name, "problems": problems}
-    missing = {"question_id", *COUNTS, LINK} - {*group, *group.attrs}
+    missing = {"question_id", "answer_truncated", *COUNTS, LINK} - {*group, *group.attrs}
     problems += [f"{member} is missing" for member in sorted(missing)]
-    problems += ["question_id differs"] * (group.attrs.get("question_id", name) != name)
+    problems += ["question_id differs"] * (str(group.attrs.get("question_id", name)) != name)
     for member, width in {**dict.fromkeys(TEXTS), **choose_vectors(parts[path])}.items():
         try:
             value = read(group, member, width)
@@ -215,18 +216,18 @@ def verify_sample(group: h5py.Group, parts: dict[Path, dict]) -> dict:
             if width and (value == value[0]).all():
                 raise ValueError("only one value")
         except UNREADABLE as error:
-            problems.append(f"{member}: {error.args[0]}")
+            problems.append(f"{member}: {error.args[-1]}")
     return sample
 
 
 def verify(paths: list[Path], csv_path: Path | None) -> tuple[int, list[str]]:
     """The exit status, and a line for everything that is wrong with parts, or unlike the CSV."""
     parts, samples, findings = scan_parts(paths, is_strict=False)
-    for directory, files in itertools.groupby(parts, key=lambda path: path.parent):
-        ends = (path.stem.rpartition("_")[2] for path in files)
-        numbers = {int(end) for end in ends if end.isdecimal()} or {0}
-        gaps = set(range(1 if directory in paths else min(numbers), max(numbers))) - numbers
-        findings |= {f"{directory}: part {number} is missing": [] for number in sorted(gaps)}
+    ends = pd.Series({path.resolve(): path.stem.rpartition("_")[2] for path in parts}, dtype=str)
+    for directory, numbers in ends[ends.str.isdecimal()].astype(int).groupby(lambda p: p.parent):
+        start = 1 if directory in map(Path.resolve, paths) else min(numbers)
+        gaps = sorted({*range(start, max(numbers))} - {*numbers})
+        findings |= {f"{directory}: part {number} is missing": [] for number in gaps}
     vectors = {v: None for part in parts.values() if part for v in choose_vectors(part)}
     columns = ["path", "question_id", "problems", *TEXTS, *vectors]
     stored = pd.DataFrame(each(samples, verify_sample, parts), columns=columns)
@@ -245,11 +246,10 @@ def verify(paths: list[Path], csv_path: Path | None) -> tuple[int, list[str]]:
         wrong = (here.ne(there) & here.notna() & there.notna()).add_suffix(" is another here")
         wrong["not in the parts"] = there["image_id"].isna()
         wrong["in the parts but not here"] = here["image_id"].isna()
-        ids = {f"{csv_path}: {what}": list(wrong.index[wrong[what]]) for what in wrong}
-        findings |= {problem: ids[problem] for problem in ids if ids[problem]}
+        findings |= {f"{csv_path}: {w}": [*ids] for w in wrong if len(ids := wrong.index[wrong[w]])}
     lines = [f"nothing wrong with {len(samples):,} samples"] * (not findings)
-    for problem, ids in findings.items():
-        lines += [problem + f" ({len(ids):,}: {', '.join(map(repr, ids[:3]))})" * bool(ids)]
+    for what, ids in findings.items():
+        lines += [one_line(what) + f" ({len(ids):,}: {', '.join(map(repr, ids[:3]))})" * bool(ids)]
     return int(bool(findings)), lines
 
 
@@ -310,7 +310,7 @@ def plot(path: Path, samples: Samples, total: int, vectors: dict[str, int], fiel
         for mask, mark in marks:
             axes.scatter(*points[mask].T, s=16, lw=0.3, edgecolors="#333", alpha=0.85, **mark)
     if "label" in mark:
-        figure.legend(*axes.get_legend_handles_labels(), title=label, loc="outside right upper")
+        figure.legend(*axes.get_legend_handles_labels(), title=label, loc="outside right center")
     else:
         figure.colorbar(axes.collections[0], ax=figure.axes, label=label, shrink=0.6)
     warnings.filterwarnings("ignore", "Glyph")  # the font has not every script
@@ -339,7 +339,7 @@ def run(args: argparse.Namespace) -> tuple[int, Iterable[str]]:
             raise ValueError(f"no question_id {unknown!r}; near it: {', '.join(map(repr, near))}")
         drawn = shown = [by_id[question_id] for question_id in dict.fromkeys(args.question_id)]
         width = sys.maxsize
-    settings = pd.DataFrame(list(parts.values())).to_dict("list")
+    settings = {k: [part.get(k) for part in parts.values()] for k in next(iter(parts.values()))}
     failed = {path.with_name("failed_samples.csv") for path in parts}
     facts = {
         "files": list(map(str, parts)),
@@ -352,7 +352,7 @@ def run(args: argparse.Namespace) -> tuple[int, Iterable[str]]:
         "samples": json.loads(read_texts(shown).to_json(orient="records")),  # NaN is null
     }
     if args.json:
-        return 0, [json.dumps(facts, ensure_ascii=False, allow_nan=False, indent=1, default=str)]
+        return 0, [json.dumps(facts, allow_nan=False, indent=1, default=str)]
     return 0, show(facts, width)
 
 

@@ -148,6 +148,13 @@ def test_json_has_no_nan(output, capsys):
     assert facts["figures"][QUERY]["nonfinite_share"] == pytest.approx(0.2)
 
 
+def test_json_of_parts_with_other_attributes(output, capsys):
+    with h5py.File(output / PART.format(2), "r+") as file:
+        del file.attrs["device"]
+    facts = json.loads(call(capsys, output, "--json")[1])
+    assert facts["settings"]["device"] == ["cpu", None, "cpu"]
+
+
 def test_a_layer_alone(run_dir, capsys):
     facts = json.loads(call(capsys, run_dir / "output", "--json", "--layer", "4")[1])
     assert list(facts["figures"]) == [f"{kind}/layer_4" for kind in KINDS]
@@ -155,7 +162,7 @@ def test_a_layer_alone(run_dir, capsys):
 
 def test_a_sample_of_many_is_drawn_unless_all(run_dir, capsys, monkeypatch):
     monkeypatch.setattr(inspect_h5, "NUM_DRAWN", 4)
-    assert "figures of 4 samples (drawn at random" in call(capsys, run_dir / "output")[1]
+    assert "figures of 4 samples, drawn at random" in call(capsys, run_dir / "output")[1]
     assert "figures of 12 samples\n" in call(capsys, run_dir / "output", "--all")[1]
 
 
@@ -220,9 +227,14 @@ def all_equal(file):
         group[QUERY][...] = np.arange(32)
 
 
-def reshape(file):
-    del file["000"][QUERY]
-    file["000"][QUERY] = np.arange(31, dtype=np.float32)
+def rewrite(member, value):
+    """In the first sample, another data set."""
+
+    def change(file):
+        del file[f"000/{member}"]
+        file[f"000/{member}"] = value
+
+    return edit(change)
 
 
 def copy_to_part_2(output):
@@ -245,7 +257,13 @@ DEFECTS = {
     "nan": (edit(lambda f: put(f, f"000/{QUERY}", [np.nan] + [0] * 31)), "not finite .1: '000'"),
     "a constant": (edit(lambda f: put(f, f"000/{QUERY}", 1)), "only one value .1: '000'"),
     "all the same": (edit(all_equal), f"{QUERY} is the same in all"),
-    "a shape": (edit(reshape), f"{QUERY}: .*'000'"),
+    "a shape": (rewrite(QUERY, np.arange(31, dtype="f4")), f"{QUERY}: .*31.*32.*'000'"),
+    "a row more": (rewrite(QUERY, np.ones((1, 32), "f4")), f"{QUERY}: .*1, 32.*'000'"),
+    "float16": (rewrite(QUERY, np.arange(32, dtype="f2")), f"{QUERY}: float16.*'000'"),
+    "two texts": (rewrite("answer", ["a", "b"]), r"answer: .*2,.*'000'"),
+    "no number": (edit(lambda f: f["000"].attrs.__setitem__("row", "x")), "as a part: invalid"),
+    "an id's type": (edit(lambda f: f["000"].attrs.__setitem__("question_id", 0)), "id differs"),
+    "a flag": (edit(lambda f: f["000"].attrs.__delitem__("answer_truncated")), "is missing.*000"),
     "a setting": (edit(lambda f: f.attrs.__setitem__("dtype", "bfloat16")), "dtype is"),
     "the layers": (edit(lambda f: f.attrs.__setitem__("layers", [0, 2])), "layers is"),
     "the count": (edit(lambda f: f.attrs.__setitem__("num_samples", 9)), "num_samples is 9"),
@@ -262,7 +280,10 @@ DEFECTS = {
 
 
 def test_verify_finds_nothing_in_sound_parts(run_dir, capsys):
-    assert call(capsys, run_dir / "output", "--verify")[::2] == (0, "")
+    directory = run_dir / "output"
+    assert call(capsys, directory, "--verify")[::2] == (0, "")
+    parts = (directory / PART.format(3), directory / "../output" / PART.format(1), directory)
+    assert call(capsys, *parts, "--verify") == (0, "nothing wrong with 12 samples\n", "")
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
@@ -306,6 +327,17 @@ def test_a_csv_with_an_id_twice_is_refused(run_dir, tmp_path, capsys):
     status, out, err = call(capsys, *args)
     assert (status, out, len(err.splitlines())) == (1, "", 1)
     assert "twice.csv" in err
+
+
+def test_a_csv_with_a_field_too_many_is_refused(run_dir, tmp_path, capsys):
+    lines = (run_dir / "vqa.csv").read_text(encoding="utf-8").splitlines()
+    for place in (1, 2):
+        ragged = [line + ",extra" * (k == place) for k, line in enumerate(lines)]
+        (tmp_path / "ragged.csv").write_text("\n".join(ragged), encoding="utf-8")
+        args = (run_dir / "output", "--verify", "--vqa-dataset", tmp_path / "ragged.csv")
+        status, out, err = call(capsys, *args)
+        assert (status, out, len(err.splitlines())) == (1, "", 1)
+        assert "ragged.csv" in err
 
 
 def test_the_csv_may_use_other_names(run_dir, tmp_path, capsys):
@@ -402,6 +434,8 @@ def test_parts_stand_as_they_are_given_and_those_of_a_directory_by_number(output
 def test_load_embeddings_refuses(run_dir, kind, layer):
     with pytest.raises(ValueError, match="layer_4"):
         inspect_h5.load_embeddings(run_dir / "output", kind, layer)
+    with pytest.raises(ValueError, match="no part files"):
+        inspect_h5.load_embeddings([], kind, layer)
 
 
 # --plot
@@ -526,6 +560,7 @@ def test_plot_of_one_layer_and_two_categories(run_dir, tmp_path, capsys, figures
         np.testing.assert_allclose(np.abs(points), expected, atol=1e-5)
     boxes = [axes.get_tightbbox() for axes in figure.axes]
     boxes += [legend.get_window_extent(), figure._suptitle.get_window_extent()]
+    assert legend.get_window_extent().x0 > max(box.x1 for box in boxes[:-2])
     for k, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[:k])
     assert len({round(axes.get_position().x0, 3) for axes in figure.axes}) == 1  # in one column
@@ -617,6 +652,9 @@ def test_a_terminal_without_unicode(run_dir):
     env = {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, capture_output=True, env=env)
     assert (done.returncode, done.stderr) == (0, b"")
+    done = subprocess.run([*command, "--json"], capture_output=True, env=env)
+    ids = [sample["question_id"] for sample in json.loads(done.stdout)["samples"]]
+    assert ids == [sample["question_id"] for sample in stored(run_dir / "output")]
 
 
 def test_a_part_without_samples(output, capsys):
