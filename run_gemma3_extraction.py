@@ -1022,34 +1022,50 @@ def replace_file(path: Path, partial: Path) -> None:
 class PartWriter:
     """Writes one part under another name, and renames it into place once it is safe on the disk.
 
-    What a finished file of the same number holds is taken over. Room on the disk is taken before
-    HDF5 is given anything to write: a full disk is an OSError here, and would be a crash there.
+    What a finished file of the same number holds is taken over with the first sample; if none
+    comes, it stays as it is. Room on the disk is reserved before HDF5 is given anything to write:
+    a full disk costs no sample, where HDF5 would end the process.
     """
 
     def __init__(self, path: Path, attributes: dict, compression: str) -> None:
         self.path = path
         self._partial = path.with_suffix(".partial")
+        self._attributes = attributes
         self._storage = (attributes["storage_dtype"], compression)
+        self._file: h5py.File | None = None
+        self._reserved = 0
+
+    def _open(self) -> None:
         # HDF5 1.10's format: smaller, and with checksums over all but the vectors themselves.
         self._file = h5py.File(self._partial, "w", libver=("v110", "v110"))
-        self._reserved = 0
-        self._reserve(path.stat().st_size if path.exists() else 0)
-        self._file.attrs.update(attributes)
-        if path.exists():
-            with h5py.File(path) as finished:
-                for name in finished:
-                    finished.copy(name, self._file)
-        self._num_before = len(self._file)
+        try:
+            self._reserve(self.path.stat().st_size if self.path.exists() else 0)
+            self._file.attrs.update(self._attributes)
+            if self.path.exists():
+                with h5py.File(self.path) as finished:
+                    for name in finished:
+                        finished.copy(name, self._file)
+        except BaseException:  # half a part must not take the place of the finished one
+            self.discard()
+            raise
 
     def _reserve(self, size: int) -> None:
         needed = self._file.id.get_filesize() + size + DISK_AHEAD
         if needed > self._reserved:
-            with open(self._partial, "rb+") as file:
-                os.posix_fallocate(file.fileno(), self._reserved, needed - self._reserved)
+            try:
+                with open(self._partial, "rb+") as file:
+                    os.posix_fallocate(file.fileno(), self._reserved, needed - self._reserved)
+            except OSError as error:  # nothing is half written, and there is room to finish
+                raise ExtractionError(
+                    f"writing to {self.path.parent}: {error} | what was done is saved; the same "
+                    "command goes on, once there is room"
+                ) from error
             self._reserved = needed
 
     def add(self, row: Row, states: dict[str, np.ndarray], answer: str, attributes: dict) -> None:
-        """Write one sample."""
+        """Write one sample. Raises ExtractionError, with nothing written: the disk is full."""
+        if self._file is None:
+            self._open()
         texts = (row.question, row.image_id, answer, row.ground_truth)
         self._reserve(sum(v.nbytes for v in states.values()) + 4 * sum(map(len, texts)))
         group = self._file.create_group(group_name(row.question_id))
@@ -1066,9 +1082,11 @@ class PartWriter:
 
     def finish(self) -> None:
         """Write, sync, check and rename; a part that gained nothing stays as it was."""
+        if self._file is None:
+            if self.path.exists():
+                return
+            self._open()
         count = len(self._file)
-        if count == self._num_before and self.path.exists():
-            return self.discard()
         self._file.attrs["num_samples"] = count
         self._file.attrs["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
         self._file.flush()
@@ -1082,7 +1100,9 @@ class PartWriter:
 
     def discard(self) -> None:
         """Forget what was written since the part was opened."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
         self._partial.unlink(missing_ok=True)
 
 
@@ -1354,8 +1374,10 @@ def open_output(options: Options, settings: dict, shapes: dict, rows: list[Row],
         overwrites = options.overwrite and launch.add("overwritten", 1) == 1
         stored = set() if overwrites else scan_parts(output_dir, settings, shapes, rows)
         work = Work(parts, stored, launch, lock)
+        remove_files(output_dir, everything=False)
         check_disk(output_dir, (work.num_rows - work.num_stored) * size, overwrites)
-        remove_files(output_dir, everything=overwrites)
+        if overwrites:
+            remove_files(output_dir, everything=True)
         missing = {row.question_id for row in rows} - stored
         update_failures(output_dir, lambda question_id: question_id in missing)
         lock.share()

@@ -1,6 +1,7 @@
 """Part files: names, types, and what becomes of them."""
 
 import csv
+import errno
 import subprocess
 import sys
 import urllib.parse
@@ -162,6 +163,37 @@ def test_a_sample_takes_what_is_told(tmp_path, num_layers):
     writer.finish()
     told = 300 * script.bytes_per_sample(shapes, "float32")
     assert 0.7 * told < (tmp_path / "a.h5").stat().st_size < told
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_costs_no_sample_and_no_finished_part(tmp_path, monkeypatch):
+    path = tmp_path / "a.h5"
+    writer = script.PartWriter(path, SETTINGS, "none")
+    writer.add(make_row(0), make_states(0), "", ATTRIBUTES)
+    with monkeypatch.context() as patch:
+        patch.setattr(script.os, "posix_fallocate", full_disk)
+        with pytest.raises(script.ExtractionError, match="No space left"):
+            writer.add(make_row(1), make_states(1), "x" * 2**20, ATTRIBUTES)
+        writer.finish()
+        before = path.read_bytes()
+        writer = script.PartWriter(path, SETTINGS, "none")
+        with pytest.raises(script.ExtractionError, match="No space left"):
+            writer.add(make_row(1), make_states(1), "", ATTRIBUTES)
+        writer.finish()
+    assert path.read_bytes() == before
+    assert script.read_part(path, SETTINGS, SHAPES).keys() == {"0"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_part_that_gains_nothing_writes_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a.h5"
+    write_part(path, [make_row(0)])
+    monkeypatch.setattr(script.os, "posix_fallocate", full_disk)
+    write_part(path, [])
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def damage_count(file):
