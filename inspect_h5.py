@@ -173,10 +173,10 @@ def describe_sample(group: h5py.Group, vectors: Iterable[str]) -> dict[str, str]
 
 def one_line(value: object, width: int = sys.maxsize) -> str:
     """Text in `width` columns of a terminal at most, line breaks and the like as in a repr."""
-    text = repr(str(value))[1:-1]
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
     used = np.cumsum([1 + (unicodedata.east_asian_width(char) in "WF") for char in text])
     end = int(np.searchsorted(used, width))  # the first character that does not fit
-    return text if end == len(text) else f"{text[:end]}…"
+    return f"{text[:end]}…" if (used > width).any() else text
 
 
 def show(facts: dict, width: int) -> Iterator[str]:
@@ -204,10 +204,11 @@ def verify_sample(group: h5py.Group, parts: dict[Path, dict]) -> dict:
     """A sample's texts, a hash of each vector, and the problems with it."""
     path, name, problems = Path(group.file.filename), unquote(group.name[1:]), []
     sample = {"path": path, "question_id": name, "problems": problems}
-    missing = {"question_id", "answer_truncated", *COUNTS, LINK} - {*group, *group.attrs}
+    missing = {"question_id", "answer_truncated", *COUNTS} - group.attrs.keys()
     problems += [f"{member} is missing" for member in sorted(missing)]
     problems += ["question_id differs"] * (str(group.attrs.get("question_id", name)) != name)
-    for member, width in {**dict.fromkeys(TEXTS), **choose_vectors(parts[path])}.items():
+    widths = choose_vectors(parts[path])
+    for member, width in {**dict.fromkeys(TEXTS), **widths, LINK: widths[VISION]}.items():
         try:
             value = read(group, member, width)
             sample[member] = value if width is None else hash(value.tobytes())
@@ -239,8 +240,8 @@ def verify(paths: list[Path], csv_path: Path | None) -> tuple[int, list[str]]:
             if num_values[vector] == 1 < num_values[inputs].max():
                 findings[f"{path}: {vector} is the same in all samples"] = []
     if csv_path:
-        columns = ("image_id", "image_name"), ("question",), ("answer", "gt_answer")
-        here, there = read_table(csv_path, *columns), stored.dropna(subset=TEXTS)
+        accepted = ("image_id", "image_name"), ("question",), ("answer", "gt_answer")
+        here, there = read_table(csv_path, *accepted), stored.dropna(subset=TEXTS)
         here.columns = ["image_id", "question", "ground_truth_answer"]
         here, there = here.align(there.set_index("question_id")[here.columns], axis=0)
         wrong = (here.ne(there) & here.notna() & there.notna()).add_suffix(" is another here")
@@ -331,14 +332,13 @@ def run(args: argparse.Namespace) -> tuple[int, Iterable[str]]:
     drawn = [samples[index] for index in sorted(order[: None if args.all else NUM_DRAWN])]
     if args.plot:
         return 0, plot(args.plot, drawn, len(samples), vectors, args.color_by or TEXTS[-1])
-    shown, width = samples[: max(args.max_samples, 0)], 58
+    shown = samples[: max(args.max_samples, 0)]
     if args.question_id:
         by_id = {unquote(name): (path, name) for path, name in samples}
         for unknown in set(args.question_id) - by_id.keys():
             near = difflib.get_close_matches(unknown, by_id, cutoff=0)
             raise ValueError(f"no question_id {unknown!r}; near it: {', '.join(map(repr, near))}")
         drawn = shown = [by_id[question_id] for question_id in dict.fromkeys(args.question_id)]
-        width = sys.maxsize
     settings = {k: [part.get(k) for part in parts.values()] for k in next(iter(parts.values()))}
     failed = {path.with_name("failed_samples.csv") for path in parts}
     facts = {
@@ -353,7 +353,7 @@ def run(args: argparse.Namespace) -> tuple[int, Iterable[str]]:
     }
     if args.json:
         return 0, [json.dumps(facts, allow_nan=False, indent=1, default=str)]
-    return 0, show(facts, width)
+    return 0, show(facts, sys.maxsize if args.question_id else 58)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -387,7 +387,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         status, lines = run(args)
         print(*lines, sep="\n")
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, MemoryError, OSError, ValueError) as error:
         advice = f": pip install {error.name}" if isinstance(error, ImportError) else ""
         print(one_line(f"{error}{advice}"), file=sys.stderr)
         return 1

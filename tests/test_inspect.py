@@ -20,6 +20,7 @@ LAYERS = (0, 2, 4, 6, 7)
 KINDS = ("vision_token_representation", "query_token_representation", "multimodal_representation")
 NAMES = ["vision_representation", *(f"{kind}/layer_{i}" for kind in KINDS for i in LAYERS)]
 QUERY = "query_token_representation/layer_4"
+LINK = "vision_only_representation"
 PART = "gemma3_12b_embeddings_part_{:03d}.h5"
 
 
@@ -110,6 +111,21 @@ def test_figures_leave_out_what_is_not_finite():
     assert figures["max_abs"] == np.abs(matrix[np.isfinite(matrix)]).max()
     assert figures["mean_cosine"] == pytest.approx(by_hand(finite)[-1], rel=1e-5)
     assert figures["norm_mean"] == pytest.approx(by_hand(finite)[0] * 6 / 7)  # and the zero vector
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "shown"),
+    [
+        (r"""it's "\frac{1}{2}" """, 99, r"""it's "\frac{1}{2}" """),
+        ("a\nb\x1b", 99, r"a\nb\x1b"),
+        ("abcd", 4, "abcd"),
+        ("abcde", 4, "abc…"),
+        ("図形図", 6, "図形図"),
+        ("図形図形", 6, "図形…"),
+    ],
+)
+def test_texts_are_shown_as_they_are_in_one_line(text, width, shown):
+    assert inspect_h5.one_line(text, width) == shown
 
 
 def test_one_vector_has_no_cosine():
@@ -251,7 +267,8 @@ def truncate(output):
 DEFECTS = {
     "a vector": (edit(lambda f: f["000"].__delitem__(QUERY)), f"{QUERY}: .*'000'"),
     "a text": (edit(lambda f: f["000"].__delitem__("answer")), "'answer' doesn't exist.*'000'"),
-    "the link": (edit(lambda f: f["000"].__delitem__("vision_only_representation")), "is missing"),
+    "the link": (edit(lambda f: f["000"].__delitem__(LINK)), f"{LINK}: .*'000'"),
+    "a link's aim": (rewrite(LINK, h5py.SoftLink("nowhere")), f"{LINK}: .*'000'"),
     "an attribute": (edit(lambda f: f["000"].attrs.__delitem__("row")), "row is missing.*'000'"),
     "inf": (edit(lambda f: put(f, f"000/{QUERY}", [np.inf] + [0] * 31)), "not finite .1: '000'"),
     "nan": (edit(lambda f: put(f, f"000/{QUERY}", [np.nan] + [0] * 31)), "not finite .1: '000'"),
