@@ -271,7 +271,7 @@ def assert_stopped_for_want_of_room(status, stderr, out):
     assert len(stderr.splitlines()) < 8
 
 
-def test_a_file_that_may_not_grow_costs_its_part_only(tmp_path):
+def test_a_file_that_may_not_grow_loses_nothing_that_was_stored(tmp_path):
     csv_path = write_csv(tmp_path / "rows.csv", 16, missing_every=0)
     lines = csv_path.read_text().splitlines()
     place = next(i for i, line in enumerate(lines) if line.startswith("6/"))
