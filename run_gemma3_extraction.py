@@ -14,6 +14,14 @@ One HDF5 file for every `--checkpoint-interval` samples, one group for every sam
         vision_token_representation/layer_{i}    [D]        decoder layer i, last image soft token
         query_token_representation/layer_{i}     [D]        decoder layer i, last prompt token
         multimodal_representation/layer_{i}      [D]        decoder layer i, mean over the prompt
+        answer_logprobs                          [tokens]   natural log, end token included
+
+How a row travels, from the top of this file to its end:
+
+    read_rows → plan_parts → claim_rows → Prompter.ask → Extractor.run → Recorder → PartWriter
+
+An image and the questions about it flow together. The image takes a row of the pool of keys and
+values; its questions enter, are answered side by side, and leave as their answers end.
 
 The same command again goes on where the last one stopped. Exit status: 0 every row is stored,
 1 the run could not start or go on, 2 wrong usage, 3 some rows failed, 130 Ctrl-C, 143 SIGTERM.
@@ -21,84 +29,134 @@ The same command again goes on where the last one stopped. Exit status: 0 every 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+
+class StopSignal:
+    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 (Slurm's early warning), unless they are ignored.
+
+    They end the process at once, but while a run is at work they are a wish to stop: what is
+    being answered is answered and saved. Ctrl-C once more ends the process all the same.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.status: int | None = None  # the exit status that was asked for
+        self._is_deferred = False
+        self._since = 0.0
+
+    def install(self) -> dict:
+        """Catch the signals; returns the handlers there were before."""
+        caught = [signum for signum in self.SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
+        return {signum: signal.signal(signum, self._receive) for signum in caught}
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within this, the first signal only sets `status`."""
+        before = self.install()
+        self.status, self._is_deferred = None, True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def _receive(self, signum: int, _frame) -> None:
+        # A launcher passes on the Ctrl-C that the terminal has sent already: not a second one.
+        is_second = self.status is not None and time.monotonic() - self._since > 1
+        status = 130 if signum == signal.SIGINT else 143
+        if not self._is_deferred or (is_second and signum == signal.SIGINT):
+            os._exit(status)
+        if self.status is None:
+            self.status, self._since = status, time.monotonic()
+
+
+STOP = StopSignal()
+if __name__ == "__main__":  # the imports below take seconds, in which a stop must count already
+    STOP.install()
+
+import argparse
 import csv
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
+import heapq
+import io
 import itertools
 import json
 import logging
-import os
+import math
 import platform
 import re
 import resource
 import shutil
-import signal
 import socket
 import sys
 import threading
-import time
 import urllib.parse
 import uuid
+import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-if __name__ == "__main__":  # the imports below take seconds, in which a stop must count already
-    for _signum in SIGNALS:
-        signal.signal(_signum, lambda signum, _: os._exit(130 if signum == signal.SIGINT else 143))
+from typing import NamedTuple
 
 import h5py
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 # ────────────────────────────────────────── constants ──────────────────────────────────────────
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PART_NAME = "gemma3_12b_embeddings_part_{:03d}.h5"
 FAILED_NAME = "failed_samples.csv"
 OUR_FILES = re.compile(
     r"gemma3_12b_embeddings_part_\d+\.(h5|partial|damaged-\w{8})|failed_samples\.(csv|partial)"
 )
-COLUMNS = (  # what the CSV may call each of ours
-    ("question_id",),
-    ("image_id", "image_name"),
-    ("question",),
-    ("answer", "gt_answer"),
-)
-TEXTS = ("question", "image_id", "answer", "ground_truth_answer")
-VISION, MEAN = "vision_representation", "multimodal_representation"  # means: always float32
-LAYER_KINDS = ("vision_token_representation", "query_token_representation", MEAN)
-SAMPLE_ATTRIBUTES = {
-    *("question_id", "row", "num_prompt_tokens", "vision_token_pos", "query_token_pos"),
-    *("num_answer_tokens", "answer_truncated"),
+COLUMNS = {  # a field of `Row`, and what the CSV may call it
+    "question_id": ("question_id",),
+    "image_id": ("image_id", "image_name"),
+    "question": ("question",),
+    "ground_truth": ("answer", "gt_answer"),
 }
+VISION, MEAN = "vision_representation", "multimodal_representation"  # means: always float32
+TOKEN_KINDS = ("vision_token_representation", "query_token_representation")
+LAYER_KINDS = (*TOKEN_KINDS, MEAN)
 # What every stored vector depends on: no run goes on in a directory where these were others.
 IDENTITY = (
-    *("model_name", "model_revision", "dtype", "layers", "max_new_tokens", "prompt"),
+    *("model_revision", "dtype", "layers", "max_new_tokens", "prompt"),
     *("checkpoint_interval", "storage_dtype"),
 )
-# What h5py raises for a broken file.
-DAMAGE = (OSError, RuntimeError, LookupError, AttributeError, TypeError, ValueError)
+# What h5py raises for a file that holds something else than it should.
+H5PY_ERRORS = (OSError, RuntimeError, LookupError, AttributeError, TypeError, ValueError)
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 MAX_FAILED_IMAGES = 25  # different images in a row: then something is wrong with all of them
-MAX_PADDING = 0.125  # of a forward pass; images of too different lengths go in passes of their own
-HOLDER_BYTES = 1024  # of `.lock`, which says who is at work
 SAMPLED_BYTES = 2**16  # at a time, of a model's weights
-SAMPLE_OVERHEAD, VECTOR_OVERHEAD = 4096, 450  # bytes of a file beside the vectors themselves
-DISK_AHEAD = 2**20  # bytes that are reserved on the disk beyond the next sample
+SAMPLE_OVERHEAD, VECTOR_OVERHEAD = 4700, 450  # bytes of a file beside the vectors themselves
 LINE_SECONDS = 30  # between two lines of progress where there is no bar
 NUM_TEST_ROWS = 3
 TEST_BOUNDS = {"float32": 1e-4, "bfloat16": 0.1}  # relative L2 error to a plain forward pass
+
+CPU_BATCH_SIZE = 32  # what `tests/benchmark.py` shows best
+MAX_BATCH_SIZE = 256
+MAX_PASS_TOKENS = 8192  # of a prefill pass on an accelerator
+TOWER_IMAGES = 8  # in one pass of the vision tower
+TYPICAL_QUESTION, TYPICAL_ANSWER = 64, 32  # tokens; no result depends on them
+EMBEDDING = "model.language_model.embed_tokens"  # shares its matrix with the head
 
 log = logging.getLogger("gemma3_extraction")
 
@@ -111,68 +169,36 @@ class RowError(ValueError):
     """One row cannot be extracted; the message says why."""
 
 
-# ─────────────────────────────────────────── options ───────────────────────────────────────────
-def at_least(least: int) -> Callable[[str], int]:
-    """A whole number from `least`."""
-
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return int(text)
-
-    return number
-
-
-def layer_list(text: str) -> tuple[int, ...]:
-    """Comma-separated whole numbers."""
-    return tuple(int(part) for part in text.split(","))
-
-
-def dtype_name(text: str) -> str:
-    """A type that holds Gemma 3's states."""
-    if text == "float16":
-        raise argparse.ArgumentTypeError("Gemma 3's states pass float16's 65504; use bfloat16")
-    return text
-
-
-def flag(text: str, default=dataclasses.MISSING, **kwargs):
-    """A field of `Options`: its help, its default, and what else argparse is to know."""
-    return field(default=default, metadata={"help": text, **kwargs})
-
-
-CSV, DIR = {"type": Path, "metavar": "CSV"}, {"type": Path, "metavar": "DIR"}
-LAYERS = {"type": layer_list, "metavar": "I,J"}
-COUNT, SWITCH = {"type": at_least(1), "metavar": "N"}, {"action": "store_true"}
-
-
-@dataclass(frozen=True)
-class Options:
-    """Everything that the command line sets: a field is a flag."""
-
-    vqa_dataset: Path = flag("question_id, image_id|image_name, question, answer|gt_answer", **CSV)
-    images_dir: Path = flag("where image_id names a file", **DIR)
-    output_dir: Path = flag("where the part files go", Path("output"), **DIR)
-    model: str = flag("name on the Hugging Face hub, or local directory", "google/gemma-3-12b-it")
-    revision: str = flag("branch, tag or commit on the hub", "main")
-    cache_dir: Path = flag("where downloads are kept", Path("model_cache"), **DIR)
-    checkpoint_interval: int = flag("samples per part file", 1000, **COUNT)
-    test: bool = flag("first 3 rows, then checks, and time and disk for all", False, **SWITCH)
-    device: str = flag("cuda, cpu or any torch device", "cuda")
-    device_map: str | None = flag("spread one model over GPUs and CPU", None, choices=["auto"])
-    dtype: str = flag("of the model", "bfloat16", type=dtype_name, choices=list(TEST_BOUNDS))
-    layers: tuple[int, ...] | None = flag(
-        "negative: from the end (default: first, quarters, last)", None, **LAYERS
-    )
-    batch_size: int = flag("questions per forward pass", 1, **COUNT)
-    max_new_tokens: int = flag("limit of an answer; 0: none", 200, type=at_least(0), metavar="N")
-    num_workers: int = flag("threads that prepare images beside the model", 2, **COUNT)
-    storage_dtype: str = flag("of the vectors", "float32", choices=list(TEST_BOUNDS))
-    compression: str = flag("of the vectors", "none", choices=["none", "gzip", "lzf"])
-    overwrite: bool = flag("start afresh: delete what this program wrote there", False, **SWITCH)
-    strict: bool = flag("stop at the first row that fails", False, **SWITCH)
+class Damage(Exception):
+    """A part does not hold what it should; the message says what."""
 
 
 # ────────────────────────────────────────── what flows ─────────────────────────────────────────
+@dataclass(frozen=True)
+class Options:
+    """What the command line sets; `make_parser` describes each."""
+
+    vqa_dataset: Path
+    images_dir: Path
+    output_dir: Path = Path("output")
+    model: str = "google/gemma-3-12b-it"
+    revision: str = "main"
+    cache_dir: Path = Path("model_cache")
+    device: str = "cuda"
+    device_map: str | None = None
+    dtype: str = "bfloat16"
+    layers: tuple[int, ...] | str | None = None  # None: HALP's five
+    max_new_tokens: int = 200
+    batch_size: int | None = None  # None: chosen once the model is loaded
+    num_workers: int = min(8, len(os.sched_getaffinity(0)))
+    checkpoint_interval: int = 1000
+    storage_dtype: str = "float32"
+    compression: str = "none"
+    test: bool = False
+    overwrite: bool = False
+    strict: bool = False
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the CSV, to the letter; `index` counts data lines from 0."""
@@ -192,38 +218,35 @@ class Failure:
     error: str
 
 
-@dataclass(eq=False)
-class SharedImage:
-    """An image. What the prompts about it have in common is run once, with the first of them."""
-
-    pixel_values: Tensor  # [3, height, width]
-    num_shared: int  # leading tokens that all its prompts have in common, soft tokens included
-    # Left by that pass: patches [D_v], mean; and of the layers asked for, [layers, D], the last
-    # image soft token and the sum over the shared tokens.
-    states: tuple[Tensor, Tensor, Tensor] | None = None
-    # While there are prompts to come, of every layer: [1, num_key_value_heads, shared, head_dim].
-    key_values: list[tuple[Tensor, Tensor]] | None = None
-
-
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """One row as the model reads it."""
 
     row: Row
     input_ids: list[int]  # [T]
-    image: SharedImage
-    is_last: bool  # of those about its image
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """An image, and the questions about it."""
+
+    pixel_values: Tensor  # [3, height, width]
+    image_sha256: str  # of the file
+    num_shared: int  # leading tokens that all its prompts have in common, soft tokens included
+    prompts: list[Prompt]
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """What the model gives for a prompt; `states` may be read once `wait()` has returned."""
+    """What the model gives for a prompt."""
 
     prompt: Prompt
+    image_sha256: str
     states: Tensor  # [sum of state_shapes()], float32, in host memory
     answer: list[int]  # token ids without the end token
     is_truncated: bool
-    wait: Callable[[], None]
+    logprobs: list[float]  # natural log of every generated token's probability, the end included
+    first_token_entropy: float  # nats
 
 
 # ─────────────────────────────────── reading rows and images ───────────────────────────────────
@@ -233,44 +256,60 @@ def read_rows(csv_path: Path) -> list[Row]:
     Raises ExtractionError: not UTF-8, no table with the columns, an empty or repeated question_id.
     """
     csv.field_size_limit(sys.maxsize)
+    rows: dict[str, Row] = {}
     try:
         with open(csv_path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            table = [(f"{csv_path}, line {reader.line_num}", line) for line in reader if line]
+            reader = csv.DictReader(file, strict=True)
+            columns = find_columns(csv_path, list(reader.fieldnames or ()))
+            for line in reader:
+                where = f"{csv_path}, line {reader.line_num}"
+                row = read_row(where, len(rows), line, columns)
+                if row.question_id in rows:
+                    raise ExtractionError(f"{where}: question_id {row.question_id!r} appears twice")
+                rows[row.question_id] = row
     except UnicodeDecodeError as error:
         raise ExtractionError(f"{csv_path} is not UTF-8: {error.reason}; convert it") from error
     except csv.Error as error:
-        where = f"{csv_path}, line {reader.line_num}"
+        where = f"{csv_path}, line {reader.reader.line_num}"
         raise ExtractionError(f"{where}: {error}; check the quotes there") from error
     except OSError as error:
         raise ExtractionError(f"cannot read {csv_path}: {error}") from error
-    if len(table) < 2:
+    if not rows:
         raise ExtractionError(f"{csv_path} has no rows; expected a header and a line a question")
-    (_, header), *lines = table
-    places = [_find_column(csv_path, header, names) for names in COLUMNS]
-    rows: dict[str, Row] = {}
-    for index, (where, line) in enumerate(lines):
-        if len(line) != len(header):
-            raise ExtractionError(f"{where}: {len(line)} fields; expected {len(header)}")
-        row = Row(index, *(line[place] for place in places))
-        if any("\0" in line[place] for place in places):
-            raise ExtractionError(f"{where}: holds a NUL byte; remove it")
-        if not row.question_id.strip():
-            raise ExtractionError(f"{where}: the question_id is empty")
-        if row.question_id in rows:
-            raise ExtractionError(f"{where}: question_id {row.question_id!r} appears twice")
-        rows[row.question_id] = row
     return list(rows.values())
 
 
-def _find_column(csv_path: Path, header: list[str], names: tuple[str, ...]) -> int:
-    for name in names:
-        if header.count(name) == 1:
-            return header.index(name)
-    problem = "there twice" if set(names) & set(header) else "not there"
-    raise ExtractionError(
-        f"{csv_path}: column {' or '.join(names)} is {problem}; its columns: {header}"
-    )
+def find_columns(csv_path: Path, header: list[str]) -> dict[str, str]:
+    """What the CSV calls each field of `Row`. Raises ExtractionError: one is missing, or twice."""
+    columns = {}
+    for name, accepted in COLUMNS.items():
+        present = [column for column in accepted if column in header]
+        if present and header.count(present[0]) == 1:
+            columns[name] = present[0]
+        elif header:
+            problem = "there twice" if present else "not there"
+            near = [column for column in header if column.strip().lower() in accepted]
+            advice = f" | rename {near[0]!r} to {near[0].strip().lower()!r}" if near else ""
+            if len(header) == 1 and re.search("[;\t]", header[0]):
+                advice = " | it looks separated by semicolons or tabs: save it with commas"
+            raise ExtractionError(
+                f"{csv_path}: column {' or '.join(accepted)} is {problem}; its columns: {header}"
+                + advice
+            )
+    return columns
+
+
+def read_row(where: str, index: int, line: dict, columns: dict[str, str]) -> Row:
+    """One line of the CSV. Raises ExtractionError: too few or many fields, a NUL byte, no id."""
+    if None in line or None in line.values():  # how csv tells long lines from short ones
+        than = "more" if None in line else "fewer"
+        raise ExtractionError(f"{where}: {than} fields than the header; check its commas")
+    row = Row(index, **{name: line[column] for name, column in columns.items()})
+    if any("\0" in line[column] for column in columns.values()):
+        raise ExtractionError(f"{where}: holds a NUL byte; remove it")
+    if not row.question_id.strip():
+        raise ExtractionError(f"{where}: the question_id is empty")
+    return row
 
 
 def hash_rows(rows: list[Row]) -> str:
@@ -298,22 +337,32 @@ def image_path(images_dir: Path, image_id: str) -> Path:
     return Path(path)
 
 
-def open_image(images_dir: Path, image_id: str) -> Image.Image:
-    """The image, upright and RGB. Raises RowError if it is missing, unreadable or too large."""
+def open_image(images_dir: Path, image_id: str) -> tuple[Image.Image, str]:
+    """The image, upright and RGB, and the sha256 of its file.
+
+    Raises RowError: it is missing, unreadable or too large.
+    """
     path = image_path(images_dir, image_id)
     try:
         if not path.is_file():
             raise FileNotFoundError
-        with Image.open(path) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are too many")
-            if image.mode[0] in "IF":  # Pillow would cut every value off at 255
-                raise ValueError(f"its mode is {image.mode}; convert it to 8 bits a channel")
-            return ImageOps.exif_transpose(image).convert("RGB")
+        content = path.read_bytes()
+        return decode_image(io.BytesIO(content)), hashlib.sha256(content).hexdigest()
     except FileNotFoundError as error:
         raise RowError(f"{path} does not exist, or is no file") from error
     except Exception as error:  # Pillow's decoders let anything through: struct.error, TypeError …
         raise RowError(f"{path} cannot be read as an image: {error}") from error
+
+
+def decode_image(file: io.BytesIO) -> Image.Image:
+    """The image in a file, upright and RGB. Raises whatever Pillow raises, or ValueError."""
+    limit = Image.MAX_IMAGE_PIXELS
+    with Image.open(file) as image:
+        if image.width * image.height > limit:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {limit:,}")
+        if image.mode[0] in "IF":  # Pillow would cut every value off at 255
+            raise ValueError(f"its mode is {image.mode}; convert it to 8 bits a channel")
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def check_images(rows: list[Row], images_dir: Path) -> None:
@@ -324,495 +373,14 @@ def check_images(rows: list[Row], images_dir: Path) -> None:
         with contextlib.suppress(RowError, OSError):
             if image_path(images_dir, image_id).is_file():
                 del missing[image_id]
+    first = next(iter(missing), None)
     if len(missing) == num_images:
         raise ExtractionError(
             f"--images-dir {images_dir}: none of the {num_images} images is there, not even "
-            f"{next(iter(missing))!r} | image_id must be the file's name, extension included"
+            f"{first!r} | image_id must be the file's name, extension included"
         )
     if missing:
-        first = next(iter(missing))
         log.warning("%d of %d images are missing: %r ...", len(missing), num_images, first)
-
-
-# ──────────────────────────────────── prompts and positions ────────────────────────────────────
-def find_soft_tokens(input_ids: list[int], image_token_id: int, count: int) -> tuple[int, int]:
-    """First position of the image's soft tokens, and the one after the last.
-
-    Raises RowError: they are not exactly one run of `count`.
-    """
-    found = [pos for pos, token in enumerate(input_ids) if token == image_token_id]
-    if len(found) != count or found[-1] - found[0] != count - 1:
-        raise RowError(f"found {len(found)} image soft tokens; expected one run of {count}")
-    return found[0], found[-1] + 1
-
-
-def count_shared(sequences: list[list[int]]) -> int:
-    """Leading tokens that all have in common; one at least, the last, stays each one's own."""
-    is_common = (len(set(tokens)) == 1 for tokens in zip(*sequences))
-    num_common = sum(itertools.takewhile(bool, is_common))
-    return min([num_common, *(len(input_ids) - 1 for input_ids in sequences)])
-
-
-class Prompts:
-    """Turns questions and images into what the model reads, with the model's own processor."""
-
-    def __init__(self, processor) -> None:
-        self.processor = processor
-        self.tokenizer = processor.tokenizer
-        added = self.tokenizer.added_tokens_decoder.items()
-        self._special = {token_id for token_id, token in added if token.special}
-        self._lock = threading.Lock()  # a fast tokenizer must not serve two threads at once
-        plain = self._encode("?")
-        if self.tokenizer.unk_token_id in plain:
-            raise ValueError("its tokenizer knows no words: tokenizer.json is missing")
-        self._plain_special = [token for token in plain if token in self._special]
-        if plain.count(self.tokenizer.bos_token_id) != 1:
-            raise ExtractionError("the chat template does not give exactly one <bos>")
-        self.soft_start, self.soft_stop = find_soft_tokens(
-            plain, self.tokenizer.image_token_id, processor.image_seq_length
-        )
-
-    def render(self, question: str) -> str:
-        """The chat template with one user turn, image then question, and the generation prompt."""
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-
-    def _encode(self, question: str) -> list[int]:
-        boi, image = self.processor.boi_token, self.processor.full_image_sequence
-        text = self.render(question).replace(boi, image, 1)  # the image stands first
-        with self._lock:
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def tokenize(self, question: str) -> list[int]:
-        """`input_ids` [T]. Raises RowError if the question is empty or holds special tokens."""
-        if not question.strip():
-            raise RowError("the question is empty")
-        input_ids = self._encode(question)
-        special = [token for token in input_ids if token in self._special]
-        if special != self._plain_special:
-            names = set(self.tokenizer.convert_ids_to_tokens(special))
-            held = [name for name in sorted(names) if name in question]
-            raise RowError(f"the question holds special tokens as text: {' '.join(held)}")
-        return input_ids
-
-    def prepare(self, rows: list[Row], load: Callable[[str], Tensor]) -> list[Prompt | Failure]:
-        """Tokenise the rows about one image, and `load` its pixels [3, height, width]."""
-        sequences: dict[Row, list[int]] = {}
-        failures: dict[Row, Failure] = {}
-        for row in rows:
-            try:
-                sequences[row] = self.tokenize(row.question)
-            except RowError as error:
-                failures[row] = Failure(row, str(error))
-        try:
-            pixel_values = load(rows[0].image_id) if sequences else None
-        except RowError as error:
-            return [failures.get(row, Failure(row, str(error))) for row in rows]
-        image = SharedImage(pixel_values, count_shared(list(sequences.values())))
-        last = list(sequences)[-1] if sequences else None
-        return [
-            failures.get(row) or Prompt(row, sequences[row], image, is_last=row is last)
-            for row in rows
-        ]
-
-    def pixels(self, image: Image.Image) -> Tensor:
-        """`pixel_values` of one image, [3, height, width], float32."""
-        return self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
-
-    def decode(self, token_ids: list[int]) -> str:
-        """An answer's text: no special tokens, whitespace kept; NUL would end it in HDF5."""
-        text = self.tokenizer.decode(
-            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """Which token stands where in one forward pass: a row an image, its questions one by one.
-
-    A token's place is (position in its own prompt; first and last question of the batch that it is
-    part of; whether it is an image soft token).
-    """
-
-    input_ids: Tensor  # [rows, length]
-    query: Tensor  # [rows, length, 4]: places of the tokens of this pass
-    key: Tensor  # [rows, past + length, 4]: of those run earlier, too
-    spans: list[tuple[int, int, int]]  # a question: its row, and its own tokens start … stop - 1
-
-
-PADDING = (0, -1, -1, 0)  # a place that is part of no question
-
-
-def lay_out(by_image: list[list[Prompt]], num_before: int, image_token_id: int) -> Layout:
-    """Put the questions about an image behind the tokens they share, each at its own positions.
-
-    Questions are counted from `num_before`. Where an earlier pass has run the shared tokens, they
-    stand before this pass instead of in it; that image must be the only one.
-    """
-    past, input_ids, places, spans = [], [], [], []
-    for row, prompts in enumerate(by_image):
-        image, first = prompts[0].image, num_before + len(spans)
-        last = first + len(prompts) - 1
-        ids = prompts[0].input_ids[: image.num_shared]
-        place = [(pos, first, last, token == image_token_id) for pos, token in enumerate(ids)]
-        if image.key_values is not None:
-            past, place, ids = [place], [], []
-        for question, prompt in enumerate(prompts, start=first):
-            own = prompt.input_ids[image.num_shared :]
-            spans.append((row, len(ids), len(ids) + len(own)))
-            ids = ids + own
-            positions = range(image.num_shared, len(prompt.input_ids))
-            place += [(pos, question, question, False) for pos in positions]
-        input_ids.append(ids)
-        places.append(place)
-    query = _pad(places, PADDING)
-    key = torch.cat([torch.tensor(past), query], dim=1) if past else query
-    return Layout(_pad(input_ids, 0), query, key, spans)
-
-
-def _pad(rows: list[list], value) -> Tensor:
-    """[rows, longest, …], filled up on the right."""
-    longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
-
-
-def attention_masks(query: Tensor, key: Tensor, window: int) -> dict[str, Tensor]:
-    """Who sees whom, [rows, 1, queries, keys], for the two kinds of decoder layers.
-
-    A token sees its own prompt up to itself, and the soft tokens of an image see each other in
-    both directions; sliding layers see `window` positions back. As in `modeling_gemma3`.
-    """
-    q_pos, question, _, q_soft = query[:, :, None].unbind(-1)
-    k_pos, first, last, k_soft = key[:, None].unbind(-1)
-    is_own = (first <= question) & (question <= last)
-    visible = is_own & ((k_pos <= q_pos) | (q_soft & k_soft).bool())
-    near = visible & (q_pos - k_pos < window)
-    return {"full_attention": visible[:, None], "sliding_attention": near[:, None]}
-
-
-# ──────────────────────────────────────────── hooks ────────────────────────────────────────────
-@contextlib.contextmanager
-def forward_hooks(hooks: list[tuple[nn.Module, Callable[[Tensor], None]]]) -> Iterator[None]:
-    """Show each module's output to its observer; every hook is gone afterwards, come what may.
-
-    Raises ExtractionError: a module did not run exactly once.
-    """
-    calls = [0] * len(hooks)
-
-    def hook(place: int, observe: Callable, _module, _args, output) -> None:
-        calls[place] += 1
-        output = getattr(output, "last_hidden_state", output)
-        observe(output[0] if isinstance(output, tuple) else output)
-
-    with contextlib.ExitStack() as stack:
-        for place, (module, observe) in enumerate(hooks):
-            handle = module.register_forward_hook(functools.partial(hook, place, observe))
-            stack.callback(handle.remove)
-        yield
-    if calls != [1] * len(hooks):
-        raise ExtractionError(f"hooked modules ran {calls} times; expected once each")
-
-
-@dataclass(eq=False)
-class Captured:
-    """What the hooks keep of one pass: a few vectors a row or a question, never a sequence."""
-
-    spans: list[tuple[int, int, int]]  # of `Layout`
-    num_shared: list[int]  # shared tokens of every row, where they are in this pass
-    soft_pos: int  # last image soft token
-    patches: Tensor | None = None  # [rows, D_v]
-    soft: list[Tensor] = field(default_factory=list)  # a layer: [rows, D]
-    shared_sum: list[Tensor] = field(default_factory=list)  # a layer: [rows, D]
-    query: list[Tensor] = field(default_factory=list)  # a layer: [questions, D]
-    own_sum: list[Tensor] = field(default_factory=list)  # a layer: [questions, D]
-
-    def on_patches(self, patches: Tensor) -> None:  # [rows, num_patches, D_v]
-        """Observe the vision tower."""
-        self.patches = patches.mean(dim=1, dtype=torch.float32)
-
-    def on_layer(self, hidden: Tensor) -> None:  # [rows, length, D]
-        """Observe a decoder layer."""
-        own = [hidden[row, start:stop] for row, start, stop in self.spans]
-        self.query.append(torch.stack([tokens[-1] for tokens in own]).float())
-        self.own_sum.append(_sums(own))
-        if self.num_shared:
-            self.soft.append(hidden[:, self.soft_pos].to(torch.float32, copy=True))
-            self.shared_sum.append(_sums([h[:n] for h, n in zip(hidden, self.num_shared)]))
-
-
-def _sums(sequences: list[Tensor]) -> Tensor:
-    return torch.stack([tokens.sum(dim=0, dtype=torch.float32) for tokens in sequences])
-
-
-# ───────────────────────────────────────── extraction ──────────────────────────────────────────
-def state_shapes(config, layers: list[int]) -> dict[str, int]:
-    """Name and width of every vector of a sample, in the order in which they are kept."""
-    names = [f"{kind}/layer_{i}" for kind in LAYER_KINDS for i in layers]
-    widths = dict.fromkeys(names, config.text_config.hidden_size)
-    return {VISION: config.vision_config.hidden_size} | widths
-
-
-class KeyValueCache:
-    """Keys and values of every decoder layer, [rows, num_key_value_heads, length, head_dim].
-
-    Buffers have room, so that new tokens are written in place. A decoder layer calls `update`.
-    What is not finite becomes 0: attention multiplies what it ignores by 0, which NaN survives.
-    """
-
-    def __init__(
-        self, key_values: Iterable[tuple[Tensor, Tensor]] = (), is_kept: bool = True
-    ) -> None:
-        self._buffers = dict(enumerate(key_values))
-        self._lengths = {i: keys.shape[2] for i, (keys, _) in self._buffers.items()}
-        self._is_kept = is_kept  # else nothing follows this pass, and memory is dear
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of tokens held."""
-        return self._lengths.get(layer_idx, 0)
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_, **__) -> tuple:
-        """Append, and return all there is."""
-        start = self.get_seq_length(layer_idx)
-        stop = start + keys.shape[2]
-        if not start:
-            new = keys.nan_to_num_(0, 0, 0), values.nan_to_num_(0, 0, 0)
-            if self._is_kept:
-                self._buffers[layer_idx], self._lengths[layer_idx] = new, stop
-            return new
-        buffers = self._buffers[layer_idx]
-        if buffers[0].shape[2] < stop:
-            shape = (*keys.shape[:2], stop + stop // 4, keys.shape[3])
-            larger = tuple(keys.new_empty(shape) for _ in buffers)
-            for new, old in zip(larger, buffers, strict=True):
-                new[:, :, :start] = old[:, :, :start]
-            buffers = self._buffers[layer_idx] = larger
-        for buffer, new in zip(buffers, (keys, values), strict=True):
-            torch.nan_to_num(new, 0, 0, 0, out=buffer[:, :, start:stop])
-        self._lengths[layer_idx] = stop
-        return self.layer(layer_idx)
-
-    def layer(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """All there is of one layer."""
-        length = self._lengths[layer_idx]
-        return tuple(buffer[:, :, :length] for buffer in self._buffers[layer_idx])
-
-    def drop(self, layer_idx: int) -> None:
-        """Forget a layer."""
-        del self._buffers[layer_idx], self._lengths[layer_idx]
-
-
-@dataclass(frozen=True, eq=False)
-class Prefill:
-    """One forward pass over prompts: their states, and what their answers go on from."""
-
-    states: Tensor  # [questions, sum of state_shapes()], float32
-    last: Tensor  # [questions, D]: of the last prompt tokens, after the final norm
-    cache: KeyValueCache  # [rows, num_key_value_heads, past + length, head_dim]
-    key: Tensor  # [rows, past + length, 4], of `Layout`
-
-
-class Extractor:
-    """The loaded model: turns a batch of prompts into states and answers.
-
-    Each image goes through the vision tower once, and the tokens that its prompts share through
-    the decoder once; states and answers come from that same pass.
-    """
-
-    def __init__(self, model, prompts: Prompts, layers: list[int], max_new_tokens: int, device):
-        decoder = "model.language_model"
-        paths = ["model.vision_tower", decoder, *(f"{decoder}.layers.{i}" for i in layers)]
-        try:
-            self._vision_tower, self._decoder, *self._layers = map(model.get_submodule, paths)
-        except AttributeError as error:
-            raise ExtractionError(
-                f"{type(model).__name__}: {error}; install the versions in requirements.txt"
-            ) from error
-        self.model = model
-        self.prompts = prompts
-        self.max_new_tokens = max_new_tokens
-        self.device = device
-        # An accelerator wants the images of a batch in one pass; a CPU is faster one by one.
-        self.joins_images = device.type != "cpu"
-        self._window = model.config.text_config.sliding_window
-        end = model.generation_config.eos_token_id
-        self._end_ids = set(end if isinstance(end, list) else [end])
-
-    @torch.inference_mode()
-    def run(self, prompts: list[Prompt]) -> list[Sample]:
-        """States and answers, in order; prompts about one image must stand side by side."""
-        passes: list[Prefill] = []
-        for by_image in self._forward_passes(prompts):
-            passes.append(self._prefill(by_image, sum(len(done.states) for done in passes)))
-        states = torch.cat([done.states for done in passes])
-        host = torch.empty(states.shape, pin_memory=states.is_cuda)
-        host.copy_(states, non_blocking=True)
-        wait = _mark(states.device)
-        answers, truncated = [[] for _ in prompts], [False] * len(prompts)
-        if self.max_new_tokens:
-            answers, truncated = self._decode(prompts, passes)
-        fields = zip(prompts, host, answers, truncated, strict=True)
-        return [Sample(*values, wait) for values in fields]
-
-    def _forward_passes(self, prompts: list[Prompt]) -> Iterator[list[list[Prompt]]]:
-        """Images together that waste little on padding; one whose prefix has been run, alone."""
-        group: list[list[Prompt]] = []
-        for _, about_image in itertools.groupby(prompts, key=lambda prompt: prompt.image):
-            added = list(about_image)
-            if group and not self._fits(group, added):
-                yield group
-                group = []
-            group = [*group, added]
-        yield group
-
-    def _fits(self, group: list[list[Prompt]], added: list[Prompt]) -> bool:
-        lengths = [count_tokens(prompts) for prompts in (*group, added)]
-        padding = 1 - sum(lengths) / (len(lengths) * max(lengths))
-        is_first_run = added[0].image.key_values is group[0][0].image.key_values is None
-        return self.joins_images and is_first_run and padding <= MAX_PADDING
-
-    def _prefill(self, by_image: list[list[Prompt]], num_before: int) -> Prefill:
-        """Run prompts once; `num_before` prompts of the batch have been."""
-        images, last_prompt = [prompts[0].image for prompts in by_image], by_image[-1][-1]
-        past = images[0].key_values
-        new_images = images if past is None else []
-        layout = lay_out(by_image, num_before, self.prompts.tokenizer.image_token_id)
-        query, key = (put(places, self.device) for places in (layout.query, layout.key))
-        is_kept = bool(past or self.max_new_tokens or not last_prompt.is_last)
-        cache = KeyValueCache(past or (), is_kept)
-        num_shared = [image.num_shared for image in new_images]
-        captured = Captured(layout.spans, num_shared, self.prompts.soft_stop - 1)
-        hooks = [(layer, captured.on_layer) for layer in self._layers]
-        if new_images:
-            hooks.append((self._vision_tower, captured.on_patches))
-        with forward_hooks(hooks):
-            hidden = self._decoder(
-                inputs_embeds=self._embed(layout.input_ids, new_images),
-                attention_mask=attention_masks(query, key, self._window),
-                position_ids=query[:, :, 0],
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state  # [rows, length, D], normed
-        self._keep(new_images, captured)
-        if last_prompt.is_last:
-            last_prompt.image.key_values = None
-        elif past is None:
-            last_prompt.image.key_values = self._prefix(last_prompt.image, cache)
-        states = self._states(list(itertools.chain.from_iterable(by_image)), captured)
-        last = torch.stack([hidden[row, stop - 1] for row, _, stop in layout.spans])
-        return Prefill(states, last, cache, key)
-
-    def _keep(self, new_images: list[SharedImage], captured: Captured) -> None:
-        if new_images:
-            by_layer = self._by_layer(captured.soft), self._by_layer(captured.shared_sum)
-            for image, *states in zip(new_images, captured.patches.to(self.device), *by_layer):
-                image.states = tuple(states)
-
-    def _prefix(self, image: SharedImage, cache: KeyValueCache) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of the shared tokens of a pass's last image."""
-        layers = (cache.layer(i) for i in range(len(self._decoder.layers)))
-        return [tuple(t[-1:, :, : image.num_shared].clone() for t in pair) for pair in layers]
-
-    def _embed(self, input_ids: Tensor, new_images: list[SharedImage]) -> Tensor:
-        """Embeddings of a pass, [rows, length, D], the images' in place of their soft tokens."""
-        embeds = self._decoder.embed_tokens(put(input_ids, self.device))
-        if new_images:
-            pixel_values = torch.stack(
-                [image.pixel_values.to(self.device, non_blocking=True) for image in new_images]
-            )  # [rows, 3, height, width]
-            features = self.model.model.get_image_features(pixel_values).pooler_output
-            embeds[:, self.prompts.soft_start : self.prompts.soft_stop] = features.to(embeds)
-        return embeds
-
-    def _by_layer(self, vectors: list[Tensor]) -> Tensor:
-        """[rows or questions, layers, D], on one device."""
-        return torch.stack([vector.to(self.device) for vector in vectors], dim=1)
-
-    def _states(self, prompts: list[Prompt], captured: Captured) -> Tensor:
-        """Every vector of every question, side by side in the order of `state_shapes`."""
-        shared = zip(*(prompt.image.states for prompt in prompts), strict=True)
-        patches, soft, shared_sum = map(torch.stack, shared)  # [questions, D_v], [.., layers, D]
-        lengths = put([len(prompt.input_ids) for prompt in prompts], self.device)[:, None, None]
-        mean = (shared_sum + self._by_layer(captured.own_sum)) / lengths
-        by_layer = (soft, self._by_layer(captured.query), mean)
-        return torch.cat([patches, *(vectors.flatten(1) for vectors in by_layer)], dim=1)
-
-    def _decode(self, prompts: list[Prompt], passes: list[Prefill]) -> tuple[list, list]:
-        """Greedy answers without their end tokens, and whether the limit cut them short.
-
-        All questions stand side by side in one row behind the keys and values of the batch, each
-        sees its own prompt and answer, and leaves the row as it ends.
-        """
-        cache, key = self._pack(passes)
-        pos = put([len(prompt.input_ids) for prompt in prompts], self.device)
-        live = list(range(len(prompts)))
-        question = put(live, self.device)
-        query = torch.stack([pos, question, question, 0 * pos], dim=-1)[None]  # [1, live, 4]
-        hidden = torch.cat([done.last for done in passes])  # [live, D]
-        next_pos = put([1, 0, 0, 0], self.device)
-        answers: list[list[int]] = [[] for _ in prompts]
-        while True:
-            tokens = self.model.lm_head(hidden).argmax(-1).to(self.device)  # [live]
-            for place, token in zip(live, tokens.tolist(), strict=True):
-                answers[place].append(token)
-            going = [i for i, place in enumerate(live) if answers[place][-1] not in self._end_ids]
-            if not going or len(answers[live[0]]) == self.max_new_tokens:
-                break
-            if len(going) < len(live):
-                live = [live[i] for i in going]
-                tokens, query = tokens[going], query[:, going]
-            key = torch.cat([key, query], dim=1)
-            hidden = self._decoder(
-                input_ids=tokens[None],
-                attention_mask=attention_masks(query, key, self._window),
-                position_ids=query[:, :, 0],
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[0]  # [live, D]
-            query = query + next_pos
-        truncated = [answer[-1] not in self._end_ids for answer in answers]
-        return [a if is_cut else a[:-1] for a, is_cut in zip(answers, truncated)], truncated
-
-    def _pack(self, passes: list[Prefill]) -> tuple[KeyValueCache, Tensor]:
-        """Keys and values of a batch in one row, and their places [1, slots, 4]."""
-
-        def pop(prefill: Prefill, layer_idx: int) -> list[Tensor]:  # [heads, slots, head_dim]
-            packed = [t.transpose(0, 1).flatten(1, 2) for t in prefill.cache.layer(layer_idx)]
-            prefill.cache.drop(layer_idx)  # so that never two copies of the whole cache are held
-            return packed
-
-        key_values = []
-        for layer_idx in range(len(self._decoder.layers)):
-            pairs = [pop(prefill, layer_idx) for prefill in passes]
-            packed = (torch.cat(tensors, dim=1)[None] for tensors in zip(*pairs, strict=True))
-            key_values.append(tuple(packed))
-        key = torch.cat([prefill.key.flatten(0, 1) for prefill in passes])[None]
-        return KeyValueCache(key_values), key
-
-
-def count_tokens(prompts: list[Prompt]) -> int:
-    """Tokens to run for prompts about one image, what they share counted once."""
-    num_shared = prompts[0].image.num_shared
-    return num_shared + sum(len(prompt.input_ids) - num_shared for prompt in prompts)
-
-
-def put(values: Tensor | list[int], device: torch.device) -> Tensor:
-    """A tensor on the device; pinned, as a copy from pageable memory makes the CPU wait."""
-    tensor = torch.as_tensor(values)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
-def _mark(device: torch.device) -> Callable[[], None]:
-    """A function that returns when all that the device was asked for so far is done."""
-    if device.type == "cpu":
-        return lambda: None
-    event = torch.Event(device=device)
-    event.record(torch.accelerator.current_stream(device))  # the default is another device's
-    return event.synchronize
 
 
 # ────────────────────────────────────── loading the model ──────────────────────────────────────
@@ -851,13 +419,16 @@ def load_processor(options: Options):
         return config, AutoProcessor.from_pretrained(options.model, **where, backend="pil")
 
 
-def load_model(options: Options, device: torch.device):
+def load_model(options: Options, config, device: torch.device):
     """The whole model, in evaluation mode, its weights from safetensors and complete."""
     import transformers
+    from accelerate.hooks import remove_hook_from_module
 
     torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
+    torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for every length, 23 to 37 ms each
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+    device_map = place_weights(options, config, device)
     with explain_load_errors(options.model):
         model, report = transformers.AutoModelForImageTextToText.from_pretrained(
             options.model,
@@ -865,13 +436,56 @@ def load_model(options: Options, device: torch.device):
             cache_dir=options.cache_dir,
             dtype=getattr(torch, options.dtype),
             attn_implementation="sdpa",  # flash attention cannot carry the image mask
-            device_map=options.device_map or {"": device},
+            device_map=device_map,
             use_safetensors=True,
             output_loading_info=True,
         )
         if absent := sorted(report["missing_keys"]) + sorted(report["mismatched_keys"]):
             raise ValueError(f"{len(absent)} weights are missing or misshapen, first {absent[0]}")
+    if EMBEDDING in device_map:  # accelerate would carry the matrix to the card at every look-up
+        remove_hook_from_module(model.get_submodule(EMBEDDING))
     return model.eval()
+
+
+def place_weights(options: Options, config, device: torch.device) -> dict | str:
+    """transformers' `device_map`. Raises ExtractionError: the card is too small, which `auto`
+    would mend."""
+    everything = {"": device}
+    if device.type != "cuda":
+        return options.device_map or everything
+    weights, embedding = count_weights(config)
+    itemsize = getattr(torch, options.dtype).itemsize
+    sizes = [size / 2**30 for size in (torch.cuda.mem_get_info(device)[0], weights, embedding)]
+    free, weights, embedding = sizes[0], sizes[1] * itemsize, sizes[2] * itemsize
+    is_alone = torch.cuda.device_count() == 1 or "LOCAL_RANK" in os.environ
+    if can_spare_embedding(options, is_alone) and weights - embedding <= free < weights:
+        log.info(
+            "the card has %.1f GiB free, the weights take %.1f: the embedding, %.1f, stays in host "
+            "memory, which --max-new-tokens 0 allows",
+            *(free, weights, embedding),
+        )
+        return everything | {EMBEDDING: "cpu", "lm_head": "cpu"}
+    if free < weights and not options.device_map:
+        raise ExtractionError(
+            f"--device {device} has {free:.1f} GiB free; the weights take {weights:.1f}, and every "
+            f"question some beside them: {weights - free:.1f} GiB are missing | take a larger card "
+            "(40 GB for the 12B), or --device-map auto, for a card of 24 GB with --max-new-tokens 0"
+        )
+    return options.device_map or everything
+
+
+def can_spare_embedding(options: Options, is_alone: bool) -> bool:
+    """Without answers the head never runs, and of the matrix only single rows are looked up."""
+    return options.device_map == "auto" and options.max_new_tokens == 0 and is_alone
+
+
+def count_weights(config) -> tuple[int, int]:
+    """How many numbers all weights hold, and the embedding, which is the head's matrix too."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    return model.num_parameters(), model.get_submodule(EMBEDDING).weight.numel()
 
 
 def check_device(name: str) -> torch.device:
@@ -879,16 +493,21 @@ def check_device(name: str) -> torch.device:
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            torch.accelerator.set_device_index(device.index)
+        return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ExtractionError(f"--device {name}: {reason} | without a GPU: --device cpu") from error
 
 
-def choose_layers(asked: tuple[int, ...] | None, num_layers: int) -> list[int]:
+def choose_layers(asked: tuple[int, ...] | str | None, num_layers: int) -> list[int]:
     """The layers asked for, negatives from the end, or HALP's: first, quarters and last."""
     n = num_layers
-    chosen = (0, n // 4, n // 2, 3 * n // 4, n - 1) if asked is None else asked
+    if asked == "all":
+        return list(range(n))
+    chosen = asked or (0, n // 4, n // 2, 3 * n // 4, n - 1)
     if wrong := [i for i in chosen if not -n <= i < n]:
         raise ExtractionError(f"--layers {wrong[0]}: the model has layers 0 to {n - 1}")
     return sorted({i % n for i in chosen})
@@ -910,47 +529,982 @@ def find_revision(model: str, config) -> str:
     return digest.hexdigest()
 
 
-def name_model_type(config) -> str:
-    """`gemma-3-12b-multimodal`, or what size it is; parameters are counted without memory."""
-    from transformers import AutoModelForImageTextToText
-
-    with torch.device("meta"):
-        count = AutoModelForImageTextToText.from_config(config).num_parameters()
-    size = f"{count / 1e9:.0f}b" if count >= 5e8 else f"{count / 1e6:.1f}m"
-    return f"gemma-3-{size}-multimodal"
+def name_model_type(num_parameters: int) -> str:
+    """`gemma-3-12b-multimodal`, or what size it is."""
+    n = num_parameters
+    return f"gemma-3-{f'{n / 1e9:.0f}b' if n >= 5e8 else f'{n / 1e6:.1f}m'}-multimodal"
 
 
-def describe_run(options: Options, config, prompts: Prompts, rows: list[Row], device) -> dict:
-    """The root attributes of every part; those in `IDENTITY` may not change."""
-    import transformers
-
-    decoder = config.text_config
-    return {
-        "model_name": str(Path(options.model)) if Path(options.model).exists() else options.model,
-        "model_type": name_model_type(config),
-        "model_revision": find_revision(options.model, config),
-        "device": options.device_map or str(device),
-        "dtype": options.dtype,
-        "layers": choose_layers(options.layers, decoder.num_hidden_layers),
-        "num_layers": decoder.num_hidden_layers,
-        "hidden_size": decoder.hidden_size,
-        "vision_hidden_size": config.vision_config.hidden_size,
-        "max_new_tokens": options.max_new_tokens,
-        "prompt": prompts.render("{question}"),
-        "image_processor": type(prompts.processor.image_processor).__name__,
-        "attn_implementation": "sdpa",
-        "torch_version": str(torch.__version__),
-        "transformers_version": transformers.__version__,
-        "python_version": platform.python_version(),
-        "schema_version": SCHEMA_VERSION,
-        "checkpoint_interval": options.checkpoint_interval,
-        "storage_dtype": options.storage_dtype,
-        "dataset": options.vqa_dataset.name,
-        "dataset_sha256": hash_rows(rows),
-    }
+def choose_batch_size(options: Options, config, num_prompt_tokens: int, device) -> int:
+    """`--batch-size`, or what suits the device; the log says why."""
+    if options.batch_size:
+        return options.batch_size
+    if device.type != "cuda" or options.device_map:
+        where = "several devices" if options.device_map else f"a {device.type}"
+        log.info("batch size %d: a fixed number for %s", CPU_BATCH_SIZE, where)
+        return CPU_BATCH_SIZE
+    free = torch.cuda.mem_get_info(device)[0]
+    itemsize = getattr(torch, options.dtype).itemsize
+    num_slots = num_prompt_tokens + TYPICAL_QUESTION + options.max_new_tokens
+    size = fit_batch_size(free, config, itemsize, num_slots)
+    log.info("batch size %d: %.1f GiB are free beside the model", size, free / 2**30)
+    return size
 
 
-# ────────────────────────────────── writing and resuming parts ─────────────────────────────────
+def fit_batch_size(free: int, config, itemsize: int, num_slots: int) -> int:
+    """How many questions of `num_slots` tokens, each with an image of its own and its answer, fit
+    into `free` bytes beside what one pass needs: MLP and residuals, logits, a chunk of the tower.
+    """
+    text, vision = config.text_config, config.vision_config
+    num_patches = TOWER_IMAGES * (vision.image_size // vision.patch_size) ** 2
+    decoder = MAX_PASS_TOKENS * (3 * text.intermediate_size + 8 * text.hidden_size) * itemsize
+    logits = MAX_BATCH_SIZE * text.vocab_size * (itemsize + 12)
+    tower = num_patches * (2 * vision.intermediate_size + 6 * vision.hidden_size) * itemsize
+    slot = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * itemsize
+    fitting = (0.95 * free - decoder - logits - tower) / (slot * num_slots)
+    return max(1, min(MAX_BATCH_SIZE, int(fitting)))
+
+
+# ──────────────────────────────────── prompts and positions ────────────────────────────────────
+def find_soft_tokens(input_ids: list[int], image_token_id: int, count: int) -> tuple[int, int]:
+    """First position of the image's soft tokens, and the one after the last.
+
+    Raises RowError: they are not exactly one run of `count`.
+    """
+    found = [pos for pos, token in enumerate(input_ids) if token == image_token_id]
+    if len(found) != count or found[-1] - found[0] != count - 1:
+        raise RowError(f"found {len(found)} image soft tokens; expected one run of {count}")
+    return found[0], found[-1] + 1
+
+
+def count_shared(sequences: list[list[int]]) -> int:
+    """Leading tokens that all have in common; one at least, the last, stays each one's own."""
+    is_common = (len(set(tokens)) == 1 for tokens in zip(*sequences))
+    num_common = sum(itertools.takewhile(bool, is_common))
+    return min([num_common, *(len(input_ids) - 1 for input_ids in sequences)])
+
+
+class Prompter:
+    """Turns questions and images into what the model reads, with the model's own processor."""
+
+    def __init__(self, processor, config) -> None:
+        self.processor = processor
+        self._tokenizer = processor.tokenizer
+        self._soft_tokens = (config.image_token_id, config.mm_tokens_per_image)
+        added = self._tokenizer.added_tokens_decoder.items()
+        self._special = {token_id for token_id, token in added if token.special}
+        self._lock = threading.Lock()  # a fast tokenizer must not serve two threads at once
+        plain = self._encode("?")
+        if self._tokenizer.unk_token_id in plain:
+            raise ValueError("its tokenizer knows no words: tokenizer.json is missing")
+        self._plain_special = [token for token in plain if token in self._special]
+        if plain.count(self._tokenizer.bos_token_id) != 1:
+            raise ExtractionError("the chat template does not give exactly one <bos>")
+        self.soft_start, self.soft_stop = find_soft_tokens(plain, *self._soft_tokens)
+
+    def render(self, question: str) -> str:
+        """The chat template with one user turn, image then question, and the generation prompt."""
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+
+    def _encode(self, question: str) -> list[int]:
+        boi, image = self.processor.boi_token, self.processor.full_image_sequence
+        text = self.render(question).replace(boi, image, 1)  # the image stands first
+        with self._lock:
+            return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def tokenize(self, question: str) -> list[int]:
+        """`input_ids` [T]. Raises RowError if the question is empty or holds special tokens."""
+        if not question.strip():
+            raise RowError("the question is empty")
+        input_ids = self._encode(question)
+        special = [token for token in input_ids if token in self._special]
+        if special != self._plain_special:
+            names = set(self._tokenizer.convert_ids_to_tokens(special))
+            held = [name for name in sorted(names) if name in question]
+            raise RowError(f"the question holds special tokens as text: {' '.join(held)}")
+        if find_soft_tokens(input_ids, *self._soft_tokens)[0] != self.soft_start:
+            raise RowError(f"the image's soft tokens do not start at {self.soft_start}")
+        return input_ids
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """`pixel_values` of one image, [3, height, width], float32."""
+        return self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+    def ask(
+        self, rows: list[Row], load: Callable[[str], tuple[Tensor, str]]
+    ) -> tuple[Asked | None, list[Failure]]:
+        """The rows about one image as the model reads them, and those that it cannot.
+
+        `load` gives the image's `pixel_values` [3, height, width] and the sha256 of its file.
+        """
+        prompts, failures = [], []
+        for row in rows:
+            try:
+                prompts.append(Prompt(row, self.tokenize(row.question)))
+            except RowError as error:
+                failures.append(Failure(row, str(error)))
+        if not prompts:
+            return None, failures
+        try:
+            pixel_values, image_sha256 = load(rows[0].image_id)
+        except RowError as error:
+            return None, failures + [Failure(prompt.row, str(error)) for prompt in prompts]
+        num_shared = count_shared([prompt.input_ids for prompt in prompts])
+        return Asked(pixel_values, image_sha256, num_shared, prompts), failures
+
+    def decode(self, token_ids: list[int]) -> str:
+        """An answer's text: no special tokens, whitespace kept; NUL would end it in HDF5."""
+        text = self._tokenizer.decode(
+            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+# ────────────────────────────────── the pool of keys and values ────────────────────────────────
+class Bank:
+    """Rows of keys and values, one row an image; tokens take slots of it and give them back.
+
+    Keys and values of a layer are [rows, slots, num_key_value_heads, head_dim], on its device.
+    `places` [rows, slots, 3] says of each slot: position in the prompt, owner, is soft token. An
+    owner is a number that is never given twice, of an image for the tokens that its prompts share
+    or of one question: what somebody left who is gone is seen by nobody.
+    """
+
+    def __init__(self, width: int, config, devices: list[torch.device], dtype) -> None:
+        self.width = width  # slots that its rows are expected to need; no row is confined to it
+        shape = (0, 0, config.num_key_value_heads, config.head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
+        self.places = torch.zeros(0, 0, 3, dtype=torch.int32, device=devices[0])
+        self._free_rows: list[int] = []  # a heap
+        self._free_slots: list[list[int]] = []  # of a row, a heap
+        self._num_slots: list[int] = []  # of a row: those that have been taken, free again or not
+
+    def take_row(self) -> int:
+        """The lowest free row, with no slot taken."""
+        if not self._free_rows:
+            self._free_rows.append(len(self._num_slots))
+            self._num_slots.append(0)
+            self._free_slots.append([])
+        row = heapq.heappop(self._free_rows)
+        self._num_slots[row], self._free_slots[row] = 0, []
+        return row
+
+    def give_row(self, row: int) -> None:
+        """Its image leaves."""
+        heapq.heappush(self._free_rows, row)
+
+    def is_empty(self) -> bool:
+        """Whether no row is taken."""
+        return len(self._free_rows) == len(self._num_slots)
+
+    def take_slots(self, row: int, count: int) -> list[int]:
+        """The lowest free slots of a row."""
+        free = self._free_slots[row]
+        while len(free) < count:
+            heapq.heappush(free, self._num_slots[row])
+            self._num_slots[row] += 1
+        return [heapq.heappop(free) for _ in range(count)]
+
+    def give_slots(self, row: int, slots: list[int]) -> None:
+        """Their question leaves."""
+        for slot in slots:
+            heapq.heappush(self._free_slots[row], slot)
+
+    def count_slots(self, first_row: int, last_row: int) -> int:
+        """Slots that these rows use at most, rounded up to what kernels like."""
+        num_slots = max(self._num_slots[first_row : last_row + 1])
+        return min(-(-num_slots // 8) * 8, self.places.shape[1])
+
+    def grow(self) -> None:
+        """Make room for all slots that were taken, a layer at a time: never twice the whole."""
+        rows, slots = self.places.shape[:2]
+        num_rows, num_slots = len(self._num_slots), max(self._num_slots)
+        if num_rows <= rows and num_slots <= slots:
+            return
+        rows = rows if num_rows <= rows else num_rows + num_rows // 4
+        slots = slots if num_slots <= slots else -(-(num_slots + num_slots // 8) // 64) * 64
+        for tensors in (self.keys, self.values):
+            for layer_idx in range(len(tensors)):
+                tensors[layer_idx] = enlarge(tensors[layer_idx], rows, slots)
+        self.places = enlarge(self.places, rows, slots)
+
+
+def enlarge(old: Tensor, rows: int, slots: int) -> Tensor:
+    """The same in the corner of zeros, [rows, slots, …]."""
+    new = old.new_zeros(rows, slots, *old.shape[2:])
+    new[: old.shape[0], : old.shape[1]] = old
+    return new
+
+
+@dataclass(eq=False)
+class Seat:
+    """An image in the pool: its row, and the questions about it that are still to come."""
+
+    asked: Asked
+    owner: int
+    waiting: deque[Prompt]
+    bank: Bank | None = None
+    row: int = -1
+    num_live: int = 0
+    # Left by the pass that ran its tokens: patches [D_v], mean; and of the layers asked for,
+    # [layers, D], the last soft token and the sum over the shared tokens.
+    states: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+@dataclass(eq=False)
+class Live:
+    """A question in the pool, from its prefill to the end of its answer."""
+
+    prompt: Prompt
+    seat: Seat
+    owner: int
+    slots: list[int] = field(default_factory=list)
+    states: Tensor | None = None  # [sum of state_shapes()], float32, in host memory
+    hidden: Tensor | None = None  # [D]: of the last prompt token, normed, for the first token
+    answer: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    first_token_entropy: float = math.nan
+
+
+# ────────────────────────────────────── one forward pass ───────────────────────────────────────
+class Token(NamedTuple):
+    """One token of a step."""
+
+    input_id: int
+    row: int  # where its key and value go
+    slot: int
+    pos: int  # in its own prompt
+    owner: int
+    is_soft: bool
+    image: int  # the owner of its image's tokens, which it sees too
+
+
+class Step:
+    """What one pass through the decoder runs: tokens of all rows one after the other, [n].
+
+    Prefill and decoding are the same: keys and values go to their slots, and each token sees what
+    its image and its own question have left in its row. No token is padding.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: list[Token] = []
+        self.banks: list[tuple[Bank, int]] = []  # and where its tokens start
+        self.is_cleaned = False  # keys and values that are not finite become 0
+
+    def add(self, seat: Seat, owner: int, input_ids: list[int], first_pos: int, soft: range):
+        """Add tokens that stand side by side in a prompt; returns their slots.
+
+        Seats must come in order of their banks and rows. `soft`: the soft tokens' positions.
+        """
+        if not self.banks or self.banks[-1][0] is not seat.bank:
+            self.banks.append((seat.bank, len(self.tokens)))
+        slots = seat.bank.take_slots(seat.row, len(input_ids))
+        for pos, (input_id, slot) in enumerate(zip(input_ids, slots), start=first_pos):
+            token = Token(input_id, seat.row, slot, pos, owner, pos in soft, seat.owner)
+            self.tokens.append(token)
+        return slots
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The share of one bank in a step: m of its tokens, in R neighbouring rows of the bank."""
+
+    bank: Bank
+    tokens: slice  # of the step
+    rows: slice  # of the bank
+    num_slots: int  # S: those of the rows that may be in use
+    row: Tensor  # [m]: where keys and values go
+    slot: Tensor  # [m]
+    index: Tensor  # [R, 1, Q]: the tokens of each row, any one where there are fewer than Q
+    lanes: tuple[Tensor, Tensor]  # [m] each: row and column of each token in `index`
+    heads: Tensor  # [kv_heads, 1]: their numbers
+    masks: dict[str, Tensor]  # of the kinds of layers, [R, 1, Q * group, S], added to the scores
+
+    def to(self, device: torch.device) -> Block:
+        """The same on another device."""
+        names = ("row", "slot", "index", "heads")
+        moved = {name: getattr(self, name).to(device) for name in names}
+        moved["lanes"] = tuple(lane.to(device) for lane in self.lanes)
+        moved["masks"] = {kind: mask.to(device) for kind, mask in self.masks.items()}
+        return dataclasses.replace(self, **moved)
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, mask, scale):
+        """Store keys and values [m, kv_heads, head_dim], and let the queries [m, heads, head_dim]
+        look: [m, heads * head_dim].
+
+        The queries that share a key head are rows of one matrix: no key is copied for them.
+        """
+        keys, values = self.bank.keys[layer_idx], self.bank.values[layer_idx]
+        keys[self.row, self.slot] = key
+        values[self.row, self.slot] = value
+        query = query.unflatten(1, (key.shape[1], -1))  # [m, kv_heads, group, head_dim]
+        query = query[self.index, self.heads]  # [R, kv_heads, Q, group, head_dim]
+        seen = scaled_dot_product_attention(
+            query.flatten(2, 3),
+            keys[self.rows, : self.num_slots].transpose(1, 2),  # [R, kv_heads, S, head_dim]
+            values[self.rows, : self.num_slots].transpose(1, 2),
+            attn_mask=mask,
+            scale=scale,
+        )
+        seen = seen.unflatten(2, query.shape[2:4]).transpose(1, 2)  # [R, Q, kv_heads, group, ..]
+        return seen[self.lanes].flatten(1)
+
+
+def attention_masks(query: Tensor, key: Tensor, window: int) -> dict[str, Tensor]:
+    """Who sees whom, [rows, queries, slots], for the two kinds of decoder layers.
+
+    `query`: [rows, queries, 4], position, owner, is soft token and the image's owner; `key`:
+    [rows, slots, 3]. A token sees its image's and its own tokens up to itself, the soft tokens of
+    an image see each other in both directions; sliding layers see `window` positions back. As in
+    transformers' `create_masks_for_vision_model`.
+    """
+    q_pos, q_owner, q_soft, q_image = query[:, :, None].unbind(-1)
+    k_pos, k_owner, k_soft = key[:, None].unbind(-1)
+    is_own = (k_owner == q_owner) | (k_owner == q_image)
+    visible = is_own & ((k_pos <= q_pos) | (q_soft & k_soft).bool())
+    return {"full_attention": visible, "sliding_attention": visible & (q_pos - k_pos < window)}
+
+
+def as_bias(visible: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """A mask [rows, queries, slots] as attention adds it, [rows, 1, queries * group, slots]."""
+    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    bias.masked_fill_(~visible, -math.inf)
+    return bias[:, None, :, None].expand(-1, -1, -1, group, -1).flatten(2, 3)
+
+
+def lay_out(step: Step, config, dtype: torch.dtype, device: torch.device) -> list[Block]:
+    """A block for each bank of a step, in order; the tokens' places are stored in the banks."""
+    columns = torch.tensor(step.tokens)  # [n, 7], fields of `Token`
+    kv_heads, window = config.num_key_value_heads, config.sliding_window
+    stops = [start for _, start in step.banks[1:]] + [len(step.tokens)]
+    blocks = []
+    for (bank, start), stop in zip(step.banks, stops, strict=True):
+        row, slot = columns[start:stop, 1], columns[start:stop, 2]
+        first, last = int(row[0]), int(row[-1])  # they are sorted
+        counts = torch.bincount(row - first)  # tokens of each row
+        starts = counts.cumsum(0) - counts
+        index = starts[:, None] + torch.arange(int(counts.max()))
+        lanes = (row - first, torch.arange(stop - start) - starts[row - first])
+        index = put(index.clamp(max=stop - start - 1), device)
+        row, slot, *lanes = (put(t, device) for t in (row, slot, *lanes))
+        bank.grow()
+        places = put(columns[start:stop, 3:].int(), device)  # position, owner, is soft, image
+        bank.places[row, slot] = places[:, :3]
+        rows, num_slots = slice(first, last + 1), bank.count_slots(first, last)
+        masks = attention_masks(places[index], bank.places[rows, :num_slots], window)
+        if columns[start:stop, 3].max() < window:
+            del masks["sliding_attention"]  # which is the same
+        group = config.num_attention_heads // kv_heads
+        biases = {kind: as_bias(mask, group, dtype) for kind, mask in masks.items()}
+        biases.setdefault("sliding_attention", biases["full_attention"])
+        heads = put(torch.arange(kv_heads)[:, None], device)
+        where = (bank, slice(start, stop), rows, num_slots, row, slot)
+        blocks.append(Block(*where, index[:, None], tuple(lanes), heads, biases))
+    return blocks
+
+
+class Decoder:
+    """Gemma 3's decoder over the pool: the model's own weights and submodules, written out.
+
+    transformers' layers take a padded batch, copy keys for every query head, and launch more than
+    twice as many kernels (`tests/benchmark.py --paper` counts them). The tests compare the two,
+    and so does `--test`, on the user's model and machine.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.config = model.config.text_config
+        if self.config.attn_logit_softcapping or self.config.final_logit_softcapping:
+            raise ExtractionError("the config asks for capped logits, which Gemma 3 has not")
+        try:
+            self._decoder = model.model.language_model
+            norms = [m for m in self._decoder.modules() if type(m).__name__ == "Gemma3RMSNorm"]
+            self._scales = {norm: norm_scale(norm) for norm in norms}
+            self.devices = [self._scales[layer.input_layernorm].device for layer in self._layers]
+        except (AttributeError, KeyError) as error:
+            raise ExtractionError(
+                f"{type(model).__name__}: no {error}; install the versions in requirements.txt"
+            ) from error
+        self.dtype = model.dtype
+
+    @property
+    def _layers(self) -> nn.ModuleList:
+        return self._decoder.layers
+
+    def embed(self, step: Step) -> Tensor:
+        """Embeddings of a step's tokens, [n, D]; those of soft tokens are still to be filled in.
+
+        Their id may lie outside the vocabulary; like transformers, look up another.
+        """
+        ids = torch.tensor([0 if token.is_soft else token.input_id for token in step.tokens])
+        if self._decoder.embed_tokens.weight.device.type != "cpu":
+            ids = put(ids, self.devices[0])
+        return self._decoder.embed_tokens(ids).to(self.devices[0])
+
+    def run(self, step: Step, hidden: Tensor, observe: Callable[[int, Tensor], None]) -> Tensor:
+        """From embeddings [n, D] to the output of the last layer, [n, D], before the final norm.
+
+        `observe` is shown every layer's index and output [n, D].
+        """
+        blocks = lay_out(step, self.config, self.dtype, self.devices[0])
+        pos = put(torch.tensor([[token.pos for token in step.tokens]]), self.devices[0])
+        kinds = dict.fromkeys(self.config.layer_types)
+        rotary = {
+            kind: signed_rotary(*self._decoder.rotary_emb(hidden[None], pos, kind))
+            for kind in kinds
+        }
+        for layer_idx, layer in enumerate(self._layers):
+            device = self.devices[layer_idx]
+            if hidden.device != device:
+                hidden, blocks = hidden.to(device), [block.to(device) for block in blocks]
+                rotary = {kind: tables.to(device) for kind, tables in rotary.items()}
+            normed = self._norm(hidden, layer.input_layernorm).to(self.dtype)
+            if step.is_cleaned:  # attention multiplies what it ignores by 0, which NaN survives
+                normed = normed.nan_to_num(0, 0, 0)
+            attended = self._attend(layer.self_attn, normed, blocks, rotary)
+            normed = self._norm(attended, layer.post_attention_layernorm).to(self.dtype)
+            hidden = hidden + normed
+            normed = self._norm(hidden, layer.pre_feedforward_layernorm).to(self.dtype)
+            normed = self._norm(layer.mlp(normed), layer.post_feedforward_layernorm).to(self.dtype)
+            hidden = hidden + normed
+            observe(layer_idx, hidden)
+        return hidden
+
+    def _attend(self, attention: nn.Module, hidden: Tensor, blocks: list[Block], rotary: dict):
+        """Attention of one layer, [n, D]."""
+        heads, kind = (-1, attention.head_dim), attention.layer_type
+        query = attention.q_proj(hidden).unflatten(1, heads)  # [n, heads, head_dim]
+        key = attention.k_proj(hidden).unflatten(1, heads)  # [n, kv_heads, head_dim]
+        value = attention.v_proj(hidden).unflatten(1, heads)
+        query = rotate(self._norm(query, attention.q_norm), rotary[kind]).to(self.dtype)
+        key = rotate(self._norm(key, attention.k_norm), rotary[kind]).to(self.dtype)
+        seen = []
+        for block in blocks:
+            states = (states[block.tokens] for states in (query, key, value))
+            where = (block.masks[kind], attention.scaling)
+            seen.append(block.attend(attention.layer_idx, *states, *where))
+        return attention.o_proj(seen[0] if len(seen) == 1 else torch.cat(seen))
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """What the language-model head reads, on the first device."""
+        norm = self._decoder.norm
+        normed = self._norm(hidden.to(self._scales[norm].device), norm)
+        return normed.to(self.devices[0], self.dtype)
+
+    def _norm(self, hidden: Tensor, norm: nn.Module) -> Tensor:
+        """Gemma's RMSNorm in float32, with a scale of 1 + weight; to be rounded once, after it."""
+        scale = self._scales[norm]
+        return rms_norm(hidden.float(), scale.shape, scale, norm.eps)
+
+
+def norm_scale(norm: nn.Module) -> Tensor:
+    """1 + weight of Gemma's RMSNorm, float32, on the device where the module runs."""
+    from accelerate.utils import align_module_device
+
+    with align_module_device(norm):
+        return 1.0 + norm.weight.detach().float()
+
+
+def signed_rotary(cos: Tensor, sin: Tensor) -> Tensor:
+    """Tables [1, n, head_dim] for `rotate`, [2, n, 1, head_dim], float32."""
+    first, second = sin.chunk(2, dim=-1)
+    return torch.cat([cos, torch.cat([-first, second], dim=-1)])[:, :, None].float()
+
+
+def rotate(states: Tensor, tables: Tensor) -> Tensor:
+    """transformers' `apply_rotary_pos_emb` of [n, heads, head_dim], in three kernels."""
+    rolled = states.roll(states.shape[-1] // 2, dims=-1)
+    return torch.addcmul(states * tables[0], rolled, tables[1])
+
+
+def put(values: Tensor, device: torch.device) -> Tensor:
+    """The same on the device; pinned, as a copy from pageable memory makes the CPU wait."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
+# ───────────────────────────────────────── extraction ──────────────────────────────────────────
+def state_shapes(config, layers: list[int]) -> dict[str, int]:
+    """Name and width of every vector of a sample, in the order in which they are kept."""
+    names = [f"{kind}/layer_{i}" for kind in LAYER_KINDS for i in layers]
+    widths = dict.fromkeys(names, config.text_config.hidden_size)
+    return {VISION: config.vision_config.hidden_size} | widths
+
+
+class Spans:
+    """What is kept of a pass: of every span of tokens the sum, and one of them."""
+
+    def __init__(self, layers: list[int], device: torch.device) -> None:
+        self._layers = set(layers)
+        self._device = device
+        self._bounds: list[tuple[int, int]] = []
+        self._which: list[int] = []
+        self._kept: list[Tensor] = []  # a layer: [spans, D], float32
+        self._sums: list[Tensor] = []
+
+    def add(self, start: int, stop: int, kept: int) -> None:
+        """Watch the step's tokens start … stop - 1, and keep the one at `kept`."""
+        self._bounds.append((start, stop))
+        self._which.append(kept)
+
+    def observe(self, layer_idx: int, hidden: Tensor) -> None:  # [n, D]
+        """A decoder layer's output."""
+        if layer_idx in self._layers:
+            sums = [hidden[a:b].sum(dim=0, dtype=torch.float32) for a, b in self._bounds]
+            self._sums.append(torch.stack(sums).to(self._device))
+            which = put(torch.tensor(self._which), hidden.device)
+            self._kept.append(hidden[which].float().to(self._device))
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """The kept tokens and the sums of the pass, [spans, layers, D] each."""
+        found = torch.stack(self._kept, dim=1), torch.stack(self._sums, dim=1)
+        self._kept, self._sums = [], []
+        return found
+
+
+class FailureStreak:
+    """Counts images whose rows failed, one after the other in the order of the CSV."""
+
+    def __init__(self, known: set[str] = frozenset()) -> None:
+        self._known = known  # question_ids that had failed before this run: they tell nothing new
+        self._images: set[str] = set()
+
+    def end(self) -> None:
+        """A row went well."""
+        self._images.clear()
+
+    def extend(self, failure: Failure) -> None:
+        """A row failed. Raises ExtractionError: of too many images in a row."""
+        row = failure.row
+        if row.question_id not in self._known:
+            self._images.add(row.image_id)
+        if len(self._images) == MAX_FAILED_IMAGES:
+            raise ExtractionError(
+                f"the rows of {MAX_FAILED_IMAGES} different images failed in a row: something is "
+                f"wrong with all of them | the last, question_id {row.question_id!r}: "
+                f"{failure.error}"
+            )
+
+
+class Extractor:
+    """The loaded model: turns images with their questions into states and answers.
+
+    Each image goes through the vision tower once, and the tokens that its prompts share through
+    the decoder once; states and answers come from that same pass.
+    """
+
+    def __init__(
+        self, model, prompter: Prompter, layers: list[int], max_new_tokens: int, batch_size: int
+    ) -> None:
+        self.model = model
+        self.prompter = prompter
+        self.layers = layers
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size  # questions side by side; less, once memory was short
+        self.decoder = Decoder(model)
+        self.device = self.decoder.devices[0]
+        # An accelerator wants several images in a pass; a CPU is faster one by one.
+        self.max_pass_tokens = 0 if self.device.type == "cpu" else MAX_PASS_TOKENS
+        end = model.generation_config.eos_token_id
+        self._end_ids = set(end if isinstance(end, list) else [end])
+        self._owners = itertools.count(1)
+        self._streak = FailureStreak()
+        self._size_before: int | None = (
+            None  # the batch size, while memory is short again and again
+        )
+        self._again: deque[Asked] = deque()  # what did not fit
+        self._outcomes: list[Sample | Failure] = []
+        self._is_filling = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self._banks: dict[int, Bank] = {}  # by their width
+        self._seats: list[Seat] = []
+        self._live: list[Live] = []
+
+    def run(
+        self, source: Iterator[Asked], is_stopping: Callable[[], bool] = lambda: False
+    ) -> Iterator[Sample | Failure]:
+        """Samples as their answers end, and failures. What stands side by side depends on the
+        order of `source` and on memory alone. Once `is_stopping`, nothing new is begun.
+
+        Raises ExtractionError: the device failed, or too many images one after the other.
+        """
+        while True:
+            error = None
+            try:
+                self._advance(source, is_stopping)
+            except (RuntimeError, ExtractionError) as caught:
+                error = caught.with_traceback(None)  # which holds tensors
+            if error and is_out_of_memory(error):
+                self._shrink()
+            outcomes, self._outcomes = self._outcomes, []
+            yield from outcomes
+            if isinstance(error, ExtractionError):
+                raise error
+            if error and not is_out_of_memory(error):
+                ids = [live.prompt.row.question_id for live in self._live]
+                raise ExtractionError(f"the model failed on question_ids {ids}: {error}") from error
+            if not (error or outcomes or self._live):
+                return
+
+    @torch.inference_mode()
+    def _advance(self, source: Iterator[Asked], is_stopping: Callable[[], bool]) -> None:
+        """Fill the pool, then one decoding step; less if there is something to give before."""
+        num_free = self.batch_size - len(self._live)
+        if not self._live or 4 * num_free >= self.batch_size:
+            self._is_filling = True  # not one by one: small passes are dear
+        while self._is_filling:
+            entering = [] if is_stopping() else self._admit(source)
+            if entering:
+                self._prefill(entering)
+            else:
+                self._is_filling = False
+            if self._outcomes:
+                return
+        if self._live:
+            self._decode()
+
+    def _admit(self, source: Iterator[Asked]) -> list[tuple[Seat, list[Live]]]:
+        """The questions of the next pass: about images that are seated, then about new ones."""
+        entering, num_tokens = [], 0
+        for seat in itertools.chain(list(self._seats), self._new_seats(source)):
+            num_free = self.batch_size - len(self._live)
+            prompts = [seat.waiting.popleft() for _ in range(min(num_free, len(seat.waiting)))]
+            if prompts:
+                lives = [Live(prompt, seat, next(self._owners)) for prompt in prompts]
+                self._live += lives
+                seat.num_live += len(lives)
+                entering.append((seat, lives))
+                num_tokens += sum(len(prompt.input_ids) for prompt in prompts)
+                num_tokens -= seat.asked.num_shared * (len(prompts) - (seat.states is None))
+            if len(self._live) == self.batch_size or num_tokens > self.max_pass_tokens:
+                break
+        return entering
+
+    def _new_seats(self, source: Iterator[Asked]) -> Iterator[Seat]:
+        while asked := self._again.popleft() if self._again else next(source, None):
+            seat = Seat(asked, next(self._owners), deque(asked.prompts))
+            seat.bank = self._choose_bank(asked)
+            seat.row = seat.bank.take_row()
+            self._seats.append(seat)
+            yield seat
+
+    def _choose_bank(self, asked: Asked) -> Bank:
+        """Rows of about the same width stand together, so that no long prompt widens the others."""
+        longest = max(len(prompt.input_ids) for prompt in asked.prompts) - asked.num_shared
+        own = longest + min(self.max_new_tokens, TYPICAL_ANSWER)
+        expected = asked.num_shared + own * min(len(asked.prompts), self.batch_size)
+        width = 1 << max(9, (expected - 1).bit_length())
+        if width not in self._banks:
+            decoder = self.decoder
+            self._banks[width] = Bank(width, decoder.config, decoder.devices, decoder.dtype)
+        return self._banks[width]
+
+    def _prefill(self, entering: list[tuple[Seat, list[Live]]]) -> None:
+        """Run new images and questions: their states, and what their answers go on from."""
+        in_order = [live for _, lives in entering for live in lives]
+        entering.sort(key=lambda pair: (pair[0].bank.width, pair[0].row))
+        lives = [live for _, lives in entering for live in lives]
+        new_seats = [seat for seat, _ in entering if seat.states is None]
+        step, spans, last = self._make_prefill(entering)
+        embeds = self.decoder.embed(step)
+        patches = self._fill_in_images(embeds, step, new_seats)
+        hidden, (kept, sums) = self._run_prefill(step, embeds, spans, last)
+        is_finite = all_finite(hidden, kept, sums)
+        if not is_finite:  # again, so that what went wrong spoils nobody else
+            step.is_cleaned = True
+            hidden, (kept, sums) = self._run_prefill(step, embeds, spans, last)
+        for i, seat in enumerate(new_seats):
+            seat.states = (patches[i], kept[i], sums[i])
+        self._keep_states(lives, kept[len(new_seats) :], sums[len(new_seats) :])
+        for live, state in zip(lives, hidden, strict=True):
+            live.hidden = state
+        for live in in_order:
+            if not is_finite and not all_finite(live.hidden, live.states):
+                failure = self._fail(live, "its states are not finite")
+                self._streak.extend(failure)
+                continue
+            self._streak.end()
+            if not self.max_new_tokens:
+                self._finish(live, is_truncated=False)
+
+    def _make_prefill(self, entering) -> tuple[Step, Spans, list[int]]:
+        """The step; its spans, new images first and then questions; where each prompt ends."""
+        step, spans, questions = Step(), Spans(self.layers, self.device), []
+        soft = range(self.prompter.soft_start, self.prompter.soft_stop)
+        for seat, lives in entering:
+            num_shared = seat.asked.num_shared
+            if seat.states is None:
+                start = len(step.tokens)
+                step.add(seat, seat.owner, lives[0].prompt.input_ids[:num_shared], 0, soft)
+                spans.add(start, len(step.tokens), start + soft[-1])
+            for live in lives:
+                start, own = len(step.tokens), live.prompt.input_ids[num_shared:]
+                live.slots = step.add(seat, live.owner, own, num_shared, soft)
+                questions.append((start, len(step.tokens)))
+        for start, stop in questions:
+            spans.add(start, stop, stop - 1)
+        return step, spans, [stop - 1 for _, stop in questions]
+
+    def _fill_in_images(self, embeds: Tensor, step: Step, new_seats: list[Seat]) -> Tensor | None:
+        """Put the images' features in place of their soft tokens; the patches' means, [.., D_v]."""
+        means, features = [], []
+        for start in range(0, len(new_seats), TOWER_IMAGES):
+            chunk = [seat.asked.pixel_values for seat in new_seats[start : start + TOWER_IMAGES]]
+            pixel_values = torch.stack([t.to(self.device, non_blocking=True) for t in chunk])
+            patches = self.model.model.vision_tower(pixel_values=pixel_values).last_hidden_state
+            means.append(patches.mean(dim=1, dtype=torch.float32).to(self.device))
+            features.append(self.model.model.multi_modal_projector(patches).to(embeds))
+        if not features:
+            return None
+        soft = torch.tensor([i for i, token in enumerate(step.tokens) if token.is_soft])
+        embeds[put(soft, self.device)] = torch.cat(features).flatten(0, 1)
+        return torch.cat(means)
+
+    def _run_prefill(self, step: Step, embeds: Tensor, spans: Spans, last: list[int]) -> tuple:
+        """Hidden states of the last prompt tokens, [.., D], normed; and what `spans` keeps."""
+        hidden = self.decoder.run(step, embeds, spans.observe)
+        hidden = hidden[put(torch.tensor(last), hidden.device)]
+        return self.decoder.final_norm(hidden), spans.take()
+
+    def _keep_states(self, lives: list[Live], query: Tensor, own_sum: Tensor) -> None:
+        """Every vector of every question, side by side in the order of `state_shapes`."""
+        of_image = zip(*(live.seat.states for live in lives), strict=True)
+        patches, soft, shared_sum = map(torch.stack, of_image)  # [.., D_v], [.., layers, D]
+        lengths = torch.tensor([len(live.prompt.input_ids) for live in lives])
+        mean = (shared_sum + own_sum) / put(lengths, self.device)[:, None, None]
+        by_layer = [vectors.flatten(1) for vectors in (soft, query, mean)]
+        states = to_host(torch.cat([patches, *by_layer], dim=1))
+        for live, own in zip(lives, states, strict=True):
+            live.states = own
+
+    def _decode(self) -> None:
+        """The next token of every live question, and the first of those that have just entered."""
+        fresh = [live for live in self._live if not live.answer]
+        going = [live for live in self._live if live.answer]
+        going.sort(key=lambda live: (live.seat.bank.width, live.seat.row, live.owner))
+        step = Step()
+        for live in going:
+            pos = len(live.prompt.input_ids) + len(live.answer) - 1
+            live.slots += step.add(live.seat, live.owner, live.answer[-1:], pos, range(0))
+        tokens = self._choose_tokens(fresh, step)
+        if not all(math.isfinite(logprob) for _, logprob, _ in tokens):
+            step.is_cleaned = True  # the same slots again, so that nobody else is spoilt
+            tokens = self._choose_tokens(fresh, step)
+        for live, (token, logprob, entropy) in zip(fresh + going, tokens, strict=True):
+            if not math.isfinite(logprob):
+                self._fail(live, "the logits of its answer are not finite")
+                continue
+            if not live.answer:
+                live.first_token_entropy, live.hidden = entropy, None
+            live.answer.append(int(token))
+            live.logprobs.append(logprob)
+            has_ended = self.has_ended(live)
+            if has_ended or len(live.answer) == self.max_new_tokens:
+                self._finish(live, is_truncated=not has_ended)
+
+    def has_ended(self, live: Live) -> bool:
+        """Whether the last token of an answer is its end."""
+        return live.answer[-1] in self._end_ids
+
+    def _choose_tokens(self, fresh: list[Live], step: Step) -> list[list[float]]:
+        """Token id, its log-probability and, for the fresh ones, the entropy of each question."""
+        hidden = [live.hidden for live in fresh]
+        if step.tokens:
+            going = self.decoder.run(step, self.decoder.embed(step), lambda *_: None)
+            hidden += self.decoder.final_norm(going)
+        logits = self._head(torch.stack(hidden)).float()  # [questions, vocabulary]
+        best, tokens = logits.max(dim=-1)
+        total = logits.logsumexp(dim=-1)
+        entropy = torch.zeros_like(total)
+        first = slice(len(fresh))
+        probabilities = (logits[first] - total[first, None]).exp()
+        entropy[first] = torch.special.entr(probabilities).sum(dim=-1)
+        found = (tokens.double(), (best - total).double(), entropy.double())
+        return to_host(torch.stack(found, dim=1)).tolist()
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Logits, [questions, vocabulary]."""
+        head = self.model.lm_head
+        if head.weight.device.type != "cpu" or hasattr(head, "_hf_hook"):
+            return head(hidden)
+        return (head.weight @ hidden.T).T.contiguous()  # takes a CPU half the time
+
+    def _finish(self, live: Live, is_truncated: bool) -> None:
+        """Its answer is whole."""
+        answer = live.answer if is_truncated else live.answer[:-1]
+        states, entropy = live.states, live.first_token_entropy
+        sha256 = live.seat.asked.image_sha256
+        self._outcomes.append(
+            Sample(live.prompt, sha256, states, answer, is_truncated, live.logprobs, entropy)
+        )
+        self._size_before = None  # what is tried now does fit
+        self._leave(live)
+
+    def _fail(self, live: Live, error: str) -> Failure:
+        failure = Failure(live.prompt.row, error)
+        self._outcomes.append(failure)
+        self._leave(live)
+        return failure
+
+    def _leave(self, live: Live) -> None:
+        """Give its slots back; with the last question of an image its row."""
+        seat, bank = live.seat, live.seat.bank
+        self._live.remove(live)
+        bank.give_slots(seat.row, live.slots)
+        seat.num_live -= 1
+        if not seat.num_live and not seat.waiting:
+            self._seats.remove(seat)
+            bank.give_row(seat.row)
+            if bank.is_empty():
+                del self._banks[bank.width]
+
+    def _shrink(self) -> None:
+        """Memory ran short: what was live is computed again, in half the batch, for good.
+
+        A question that was alone fails, and is alone to blame: batches are again as large as
+        before it came.
+        """
+        size, live = self.batch_size, self._live
+        self._size_before = self._size_before or size
+        if len(live) == 1:
+            self._outcomes.append(
+                Failure(live[0].prompt.row, "the device's memory is too small for it")
+            )
+            self.batch_size, self._size_before = self._size_before, None
+        else:
+            self.batch_size = min(size, len(live)) // 2
+            log.warning("%d questions at once are too many for the device's memory", len(live))
+            log.warning("batch size %d from here on", self.batch_size)
+        for seat in reversed(self._seats):
+            prompts = [other.prompt for other in live if other.seat is seat and len(live) > 1]
+            prompts += seat.waiting
+            if prompts:
+                self._again.appendleft(dataclasses.replace(seat.asked, prompts=prompts))
+        self._clear()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it was for want of the device's memory, which libraries tell in many ways."""
+    signs = ("ALLOC_FAILED", "out of memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity in them."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def to_host(values: Tensor) -> Tensor:
+    """The same in host memory, once it is there."""
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+    return host.copy_(values)
+
+
+# ───────────────────────────── parts: right, or not there ──────────────────────────────────────
+class CarefulFile(io.RawIOBase):
+    """What h5py reads and writes instead of the disk: keeps the system's first error, hides it.
+
+    HDF5 itself drops what it could not write, and takes the process down at its end. So it is told
+    that all went well, and whoever has the file asks `raise_error`.
+    """
+
+    def __init__(self, path: Path, flags: int) -> None:
+        self._path = path
+        self._error: OSError | None = None
+        self._pos = 0
+        self._descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._descriptor
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As of any file."""
+        end = os.fstat(self._descriptor).st_size if whence == os.SEEK_END else 0
+        self._pos = end + offset
+        return self._pos
+
+    def tell(self) -> int:
+        """As of any file."""
+        return self._pos
+
+    def readinto(self, buffer) -> int:
+        """Fill the buffer, with zeros behind the end of the file."""
+        view = memoryview(buffer).cast("B")
+        rest = view
+        while rest and (read := self._attempt(os.preadv, self._descriptor, [rest], self._pos)):
+            self._pos += read
+            rest = rest[read:]
+        self._pos += len(rest)
+        rest[:] = bytes(len(rest))
+        return len(view)
+
+    def write(self, buffer) -> int:
+        """Write all of it."""
+        view = memoryview(buffer).cast("B")
+        rest = view
+        while rest and (written := self._attempt(os.pwrite, self._descriptor, rest, self._pos)):
+            self._pos += written
+            rest = rest[written:]
+        self._pos += len(rest)
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        """As of any file."""
+        self._attempt(os.ftruncate, self._descriptor, self._pos if size is None else size)
+        return self._pos
+
+    def sync(self) -> None:
+        """Return when all is on the disk."""
+        self._attempt(os.fsync, self._descriptor)
+
+    def close(self) -> None:
+        """Some file systems tell only here that a write went wrong."""
+        if not self.closed:
+            super().close()
+            self._attempt(os.close, self._descriptor)
+
+    def raise_error(self) -> None:
+        """Raise the first error that the system answered with."""
+        if error := self._error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+    def _attempt(self, call: Callable, *args):
+        try:
+            return call(*args)
+        except OSError as error:
+            self._error = self._error or error
+            return None
+
+
+@contextlib.contextmanager
+def open_part(path: Path) -> Iterator[h5py.File]:
+    """A finished part, to read.
+
+    Raises Damage: it holds something else; OSError: the system failed, or somebody writes to it.
+    """
+    with contextlib.closing(CarefulFile(path, os.O_RDONLY)) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # HDF5's own way to keep others out
+        except OSError as error:
+            if error.errno not in (*NO_LOCKS, errno.EBADF, errno.EINVAL):
+                raise OSError(error.errno, "it is open in another program", str(path)) from error
+        try:
+            with h5py.File(file, "r") as part:
+                yield part
+        except H5PY_ERRORS as error:
+            file.raise_error()
+            raise Damage(str(error)) from error
+
+
 def part_path(output_dir: Path, number: int) -> Path:
     """Where part `number` belongs."""
     return output_dir / PART_NAME.format(number)
@@ -970,14 +1524,14 @@ def group_name(question_id: str) -> str:
 def storage_type(name: str, storage_dtype: str) -> h5py.h5t.TypeID:
     """The HDF5 type of a vector; bfloat16 is 1 + 8 + 7 bits that h5py reads as float32."""
     file_type = h5py.h5t.IEEE_F32LE.copy()
-    if storage_dtype == "bfloat16" and name.partition("/")[0] not in (VISION, MEAN):
+    if storage_dtype == "bfloat16" and name.startswith(TOKEN_KINDS):
         file_type.set_fields(15, 7, 8, 0, 7)
         file_type.set_size(2)
         file_type.set_ebias(127)
     return file_type
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def vector_layout(name: str, width: int, storage_dtype: str, compression: str) -> tuple:
     """HDF5's type, space, creation and link properties of a vector.
 
@@ -993,8 +1547,7 @@ def vector_layout(name: str, width: int, storage_dtype: str, compression: str) -
         layout.set_filter(h5py.h5z.FILTER_LZF, h5py.h5z.FLAG_OPTIONAL)
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     links.set_create_intermediate_group(True)
-    space = h5py.h5s.create_simple((width,))
-    return storage_type(name, storage_dtype), space, layout, links
+    return storage_type(name, storage_dtype), h5py.h5s.create_simple((width,)), layout, links
 
 
 def bytes_per_sample(shapes: dict[str, int], storage_dtype: str) -> int:
@@ -1003,212 +1556,239 @@ def bytes_per_sample(shapes: dict[str, int], storage_dtype: str) -> int:
     return SAMPLE_OVERHEAD + sum(n * sizes[name] + VECTOR_OVERHEAD for name, n in shapes.items())
 
 
-def sync(path: Path) -> None:
-    """Return when a file, or a directory's list of files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def put_in_place(partial: Path, path: Path) -> None:
+    """Rename a file that is safe on the disk; a crash leaves the old or the new one, whole."""
+    os.replace(partial, path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some file systems do not know this for a directory
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
     finally:
         os.close(descriptor)
-
-
-def replace_file(path: Path, partial: Path) -> None:
-    """Put a file in the place of another; a crash leaves the one or the other, whole."""
-    sync(partial)
-    os.replace(partial, path)
-    sync(path.parent)
 
 
 class PartWriter:
     """Writes one part under another name, and renames it into place once it is safe on the disk.
 
-    What a finished file of the same number holds is taken over with the first sample; if none
-    comes, it stays as it is. Room on the disk is reserved before HDF5 is given anything to write:
-    a full disk costs no sample, where HDF5 would end the process.
+    What a finished file of the same number holds is taken over with the first thing to write; if
+    there is none, it stays as it is. Memory does not grow with the part.
+    Every method raises OSError if the system failed: then nothing is put in place.
     """
 
     def __init__(self, path: Path, attributes: dict, compression: str) -> None:
-        self.path = path
+        self._path = path
         self._partial = path.with_suffix(".partial")
         self._attributes = attributes
         self._storage = (attributes["storage_dtype"], compression)
-        self._file: h5py.File | None = None
-        self._reserved = 0
+        self._file: CarefulFile | None = None
+        self._part: h5py.File | None = None
 
-    def _open(self) -> None:
-        # HDF5 1.10's format: smaller, and with checksums over all but the vectors themselves.
-        self._file = h5py.File(self._partial, "w", libver=("v110", "v110"))
-        try:
-            self._reserve(self.path.stat().st_size if self.path.exists() else 0)
-            self._file.attrs.update(self._attributes)
-            if self.path.exists():
-                with h5py.File(self.path) as finished:
+    def _open(self) -> h5py.File:
+        if self._part is None:
+            self._file = CarefulFile(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            # HDF5 1.10's format: smaller, and with checksums over all but the vectors themselves.
+            self._part = h5py.File(self._file, "w", libver=("v110", "v110"))
+            if self._path.exists():
+                with open_part(self._path) as finished:
+                    self._part.attrs.update(finished.attrs)
                     for name in finished:
-                        finished.copy(name, self._file)
-        except BaseException:  # half a part must not take the place of the finished one
-            self.discard()
-            raise
+                        finished.copy(name, self._part)
+            self._part.attrs.update(self._attributes)
+        return self._part
 
-    def _reserve(self, size: int) -> None:
-        needed = self._file.id.get_filesize() + size + DISK_AHEAD
-        if needed > self._reserved:
-            try:
-                with open(self._partial, "rb+") as file:
-                    os.posix_fallocate(file.fileno(), self._reserved, needed - self._reserved)
-            except OSError as error:  # nothing is half written, and there is room to finish
-                raise ExtractionError(
-                    f"writing to {self.path.parent}: {error} | what was done is saved; the same "
-                    "command goes on, once there is room"
-                ) from error
-            self._reserved = needed
-
-    def add(self, row: Row, states: dict[str, np.ndarray], answer: str, attributes: dict) -> None:
-        """Write one sample. Raises ExtractionError, with nothing written: the disk is full."""
-        if self._file is None:
-            self._open()
-        texts = (row.question, row.image_id, answer, row.ground_truth)
-        self._reserve(sum(v.nbytes for v in states.values()) + 4 * sum(map(len, texts)))
-        group = self._file.create_group(group_name(row.question_id))
-        for name, text in zip(TEXTS, texts, strict=True):
-            group.create_dataset(name, data=text, dtype=h5py.string_dtype())
-        for name, vector in states.items():
+    def add(self, row: Row, answer: str, vectors: dict[str, np.ndarray], attributes: dict) -> None:
+        """Write one sample; `vectors` are float32, [width] each."""
+        group = self._open().create_group(group_name(row.question_id))
+        _write_text(group, "question", row.question)
+        _write_text(group, "image_id", row.image_id)
+        _write_text(group, "answer", answer)
+        _write_text(group, "ground_truth_answer", row.ground_truth)
+        crc32 = 0  # of the vectors as they are read back, in the order of their names
+        for name, vector in sorted(vectors.items()):
             layout = vector_layout(name, len(vector), *self._storage)
+            stored = vector
             if layout[0].get_size() == 2:
-                vector = torch.from_numpy(vector).bfloat16().view(torch.int16).numpy()
+                rounded = torch.from_numpy(vector).bfloat16()
+                stored, vector = rounded.view(torch.int16).numpy(), rounded.float().numpy()
             dataset = h5py.h5d.create(group.id, name.encode(), *layout)
-            dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, vector, layout[0])
+            dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, stored, layout[0])
+            crc32 = zlib.crc32(vector.tobytes(), crc32)
         group["vision_only_representation"] = h5py.SoftLink(VISION)
-        group.attrs.update({"question_id": row.question_id, "row": row.index, **attributes})
+        named = {"question_id": row.question_id, "row": row.index, "crc32": crc32}
+        group.attrs.update(named | attributes)
+        self._file.raise_error()
+
+    def amend(self, row: Row) -> None:
+        """Bring the place in the CSV and the ground truth of a stored sample up to date."""
+        group = self._open()[group_name(row.question_id)]
+        group.attrs["row"] = row.index
+        del group["ground_truth_answer"]
+        _write_text(group, "ground_truth_answer", row.ground_truth)
 
     def finish(self) -> None:
         """Write, sync, check and rename; a part that gained nothing stays as it was."""
-        if self._file is None:
-            if self.path.exists():
-                return
-            self._open()
-        count = len(self._file)
-        self._file.attrs["num_samples"] = count
-        self._file.attrs["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-        self._file.flush()
-        size = self._file.id.get_filesize()
+        if self._part is None and self._path.exists():
+            return
+        part = self._open()
+        count = len(part)
+        part.attrs["num_samples"] = count
+        part.attrs["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+        part.close()
+        self._file.sync()
         self._file.close()
-        os.truncate(self._partial, size)
-        with h5py.File(self._partial) as written:
+        self._file.raise_error()
+        with open_part(self._partial) as written:
             if len(written) != count:
-                raise OSError(f"{self._partial} holds {len(written)} samples; expected {count}")
-        replace_file(self.path, self._partial)
+                raise Damage(f"{self._partial} holds {len(written)} samples; expected {count}")
+        put_in_place(self._partial, self._path)
 
     def discard(self) -> None:
         """Forget what was written since the part was opened."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        self._partial.unlink(missing_ok=True)
+        with contextlib.suppress(*H5PY_ERRORS):
+            if self._part is not None:
+                self._part.close()
+                self._file.close()
+            self._partial.unlink(missing_ok=True)
 
 
-def read_part(path: Path, settings: dict, shapes: dict[str, int]) -> dict[str, dict[str, str]]:
-    """What the CSV said of each sample of a finished part, by question_id; all of it is checked.
+def _write_text(group: h5py.Group, name: str, text: str) -> None:
+    group.create_dataset(name, data=text, dtype=h5py.string_dtype())
 
-    Raises one of DAMAGE: it does not open, or something in it is missing, misshapen or not finite;
-    ExtractionError: it was written with other settings.
+
+def read_part(path: Path, settings: dict) -> list[str]:
+    """The question_ids of a finished part; nothing but its attributes and names is read.
+
+    Raises Damage: it does not open, or the two do not agree; ExtractionError: other settings.
     """
-    with h5py.File(path) as file:
+    with open_part(path) as part:
+        names = list(part)
         attributes = {
             name: value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-            for name, value in file.attrs.items()
+            for name, value in part.attrs.items()
         }
-        if absent := settings.keys() - attributes.keys():
-            raise ValueError(f"its attributes {sorted(absent)} are gone")
-        check_same("settings", path, attributes, {k: settings[k] for k in IDENTITY})
-        if attributes["num_samples"] != len(file):
-            raise ValueError(f"{len(file)} samples; expected {attributes['num_samples']}")
-        groups = [file[name] for name in file]  # file.values() holds h5py's lock while it waits
-        return {group.attrs["question_id"]: _check_sample(group, shapes) for group in groups}
+    version = attributes.get("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        raise ExtractionError(
+            f"{path} was written by another version of this program (schema_version {version}, now "
+            f"{SCHEMA_VERSION}) | choose another --output-dir, or --overwrite"
+        )
+    if absent := {*settings, "num_samples"} - attributes.keys():
+        raise Damage(f"its attributes {sorted(absent)} are gone")
+    if differing := [name for name in IDENTITY if attributes[name] != settings[name]]:
+        shown = ["model_name"] * ("model_revision" in differing) + differing
+        pairs = [f"{name} was {attributes[name]!r} and is {settings[name]!r}" for name in shown]
+        raise ExtractionError(
+            f"{path} was written with other settings: {'; '.join(pairs)} "
+            "| go on with the old ones, choose another --output-dir, or --overwrite"
+        )
+    if attributes["num_samples"] != len(names):
+        raise Damage(f"{len(names)} samples; expected {attributes['num_samples']}")
+    return list(map(urllib.parse.unquote, names))
 
 
-def _check_sample(group: h5py.Group, shapes: dict[str, int]) -> dict[str, str]:
-    if group_name(group.attrs["question_id"]) != group.name[1:]:
-        raise ValueError(f"{group.name} holds question_id {group.attrs['question_id']!r}")
-    for name, width in shapes.items():
-        vector = group[name][()]
-        if vector.shape != (width,) or not np.isfinite(vector).all():
-            raise ValueError(f"{group.name}/{name} is misshapen or not finite")
-    if not np.array_equal(group["vision_only_representation"][()], group[VISION][()]):
-        raise ValueError(f"{group.name}/vision_only_representation is not {VISION}")
-    if absent := SAMPLE_ATTRIBUTES - group.attrs.keys():
-        raise ValueError(f"{group.name} lacks the attributes {sorted(absent)}")
-    question, image_id, _, ground_truth = (group[name].asstr()[()] for name in TEXTS)
-    return {"question": question, "image_id": image_id, "answer": ground_truth}
+def scan_parts(output_dir: Path, settings: dict) -> dict[str, Path]:
+    """In which part each stored question_id stands. A part is set aside where it is damaged, or
+    repeats what stands in an earlier one.
 
-
-def stored_ids(path: Path) -> set[str]:
-    """The question_ids in a finished part; none if there is no such part."""
-    if not path.exists():
-        return set()
-    try:
-        with h5py.File(path) as file:
-            return {urllib.parse.unquote(name) for name in file}
-    except OSError as error:
-        raise ExtractionError(f"{path} cannot be read: {error} | run again") from error
-
-
-def scan_parts(output_dir: Path, settings: dict, shapes: dict, rows: list[Row]) -> set[str]:
-    """The question_ids that are stored. Every part is read and checked, damaged ones set aside.
-
-    Raises ExtractionError: a part is of another kind of run, or a row changed under its id.
+    Raises ExtractionError: a part is of another kind of run; OSError: the system failed.
     """
-    stored: set[str] = set()
-    by_id = {row.question_id: row for row in rows}
+    stored: dict[str, Path] = {}
     for path in find_parts(output_dir):
         try:
-            texts = read_part(path, settings, shapes)
-        except DAMAGE as error:
-            if getattr(error, "errno", None) is not None:  # the system denies the file
-                raise ExtractionError(
-                    f"{path} cannot be read: {error} | close the program that has it open"
-                ) from error
-            aside = path.with_suffix(f".damaged-{uuid.uuid4().hex[:8]}")
-            os.replace(path, aside)
-            log.warning("%s is damaged (%s): set aside as %s", path, error, aside.name)
-            continue
-        for question_id in texts.keys() & by_id.keys():
-            row = by_id[question_id]
-            now = {"question": row.question, "image_id": row.image_id, "answer": row.ground_truth}
-            check_same(f"texts of question_id {question_id!r}", path, texts[question_id], now)
-        stored |= texts.keys()
+            question_ids = read_part(path, settings)
+            if again := next((one for one in question_ids if one in stored), None):
+                raise Damage(f"question_id {again!r} stands in {stored[again].name} already")
+            stored.update(dict.fromkeys(question_ids, path))
+        except Damage as damage:
+            set_aside(path, damage)
     return stored
 
 
-def check_same(what: str, path: Path, stored: dict, current: dict) -> None:
-    """Raise ExtractionError that names everything that differs, with both values."""
-    pairs = [(name, stored.get(name), now) for name, now in current.items()]
-    differing = [f"{name} was {old!r} and is {now!r}" for name, old, now in pairs if old != now]
-    if differing:
-        raise ExtractionError(
-            f"{path} was written with other {what}: {'; '.join(differing)} "
-            "| go on with the old ones, choose another --output-dir, or --overwrite"
-        )
+def set_aside(path: Path, damage: Damage) -> None:
+    """Give a damaged part another name, so that it is computed again."""
+    aside = path.with_suffix(f".damaged-{uuid.uuid4().hex[:8]}")
+    with contextlib.suppress(FileNotFoundError):  # another process was first
+        os.replace(path, aside)
+        log.warning("%s is damaged (%s): set aside as %s", path, damage, aside.name)
+
+
+def update_texts(rows: list[Row], stored: dict[str, Path], settings: dict) -> None:
+    """Compare parts that were written from another CSV with this one. No vector depends on `row`
+    and `ground_truth_answer`: they are brought up to date.
+
+    Raises ExtractionError: a question or image_id changed under its question_id.
+    """
+    by_id = {row.question_id: row for row in rows}
+    for path in dict.fromkeys(stored.values()):
+        changed = []
+        with open_part(path) as part:
+            is_same = part.attrs["dataset_sha256"] == settings["dataset_sha256"]
+            samples = [] if is_same else [read_texts(part[name]) for name in part]
+        for sample in samples:
+            row = by_id.get(sample.question_id, sample)
+            for name in ("question", "image_id"):
+                was, now = getattr(sample, name), getattr(row, name)
+                if was != now:
+                    raise ExtractionError(
+                        f"{path} was written with another {name} of question_id "
+                        f"{row.question_id!r}: it was {was!r} and is {now!r} | give what changed "
+                        "another question_id, choose another --output-dir, or --overwrite"
+                    )
+            if row != sample:
+                changed.append(row)
+        if changed:
+            amend_part(path, changed, settings)
+
+
+def read_texts(group: h5py.Group) -> Row:
+    """The row of the CSV from which a sample was made."""
+    names = ("image_id", "question", "ground_truth_answer")
+    texts = [group[name].asstr()[()] for name in names]
+    return Row(int(group.attrs["row"]), group.attrs["question_id"], *texts)
+
+
+def amend_part(path: Path, changed: list[Row], settings: dict) -> None:
+    """Rewrite a part with the new row and ground truth of some samples."""
+    names = ("storage_dtype", "dataset", "dataset_sha256")
+    writer = PartWriter(path, {name: settings[name] for name in names}, "none")
+    try:
+        for row in changed:
+            writer.amend(row)
+        writer.finish()
+    except BaseException:
+        writer.discard()
+        raise
+    log.info("%s: row or ground truth of %d samples brought up to date", path.name, len(changed))
 
 
 def update_failures(
     output_dir: Path, is_open: Callable[[str], bool], new: Iterable[Failure] = ()
-) -> None:
+) -> set[str]:
     """Keep of `failed_samples.csv` the question_ids that are still open, and add new ones.
 
-    No failures, no file.
+    No failures, no file; a line that somebody spoilt goes. Returns the ids that it held before.
     """
-    path, lines = output_dir / FAILED_NAME, []
+    path = output_dir / FAILED_NAME
+    before: list[list[str]] = []
     if path.exists():
-        with open(path, encoding="utf-8", errors="replace", newline="") as file:
-            lines = list(csv.reader(file))[1:]
-    lines = [line for line in lines if len(line) == 3 and is_open(line[0])]
+        text = path.read_bytes().decode(errors="replace")
+        with contextlib.suppress(csv.Error):
+            before = list(csv.reader(io.StringIO(text, newline="")))[1:]
+    before = [line for line in before if len(line) == 3]
+    lines = [line for line in before if is_open(line[0])]
     lines += [[f.row.question_id, f.row.image_id, f.error] for f in new]
     if not lines:
-        return path.unlink(missing_ok=True)
-    partial = path.with_suffix(".partial")
-    with open(partial, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("question_id", "image_id", "error"), *lines])
-    replace_file(path, partial)
+        path.unlink(missing_ok=True)
+    else:
+        partial = path.with_suffix(".partial")
+        with open(partial, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("question_id", "image_id", "error"), *lines])
+            file.flush()
+            os.fsync(file.fileno())
+        put_in_place(partial, path)
+    return {line[0] for line in before}
 
 
 def remove_files(output_dir: Path, everything: bool) -> None:
@@ -1219,174 +1799,202 @@ def remove_files(output_dir: Path, everything: bool) -> None:
 
 
 # ─────────────────────────────────── processes on one output ───────────────────────────────────
-class Launch:
-    """The processes of one launch (torchrun, accelerate) and what they count together.
-
-    A process alone counts for itself. The tasks of a Slurm array are alone, but of one run.
-    """
-
-    def __init__(self) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        array = os.environ.get("SLURM_ARRAY_JOB_ID")
-        self.run_id = f"slurm-{array}" if array else uuid.uuid4().hex
-        self._store = torch.distributed.HashStore()
-        if self.world_size > 1:
-            try:
-                self._store, _, _ = next(torch.distributed.rendezvous("env://"))
-            except (ValueError, torch.distributed.DistError) as error:
-                raise ExtractionError(
-                    f"WORLD_SIZE is {self.world_size}, but the processes find no store: {error} "
-                    "| start them with accelerate launch or torchrun"
-                ) from error
-            if self.rank == 0:
-                self._store.set("run_id", self.run_id)
-            self.run_id = self._store.get("run_id").decode()
-
-    def add(self, name: str, amount: int) -> int:
-        """Add to a count that all processes share; its value after that."""
-        try:
-            return self._store.add(name, amount)
-        except torch.distributed.DistError:  # who kept the counts is gone: go on alone
-            self._store, self.world_size = torch.distributed.HashStore(), 1
-            self._store.add("finished", 1)
-            return self._store.add(name, amount)
-
-
 class OutputLock:
     """POSIX record locks on `{output_dir}/.lock`, which the kernel drops with their process.
 
-    Byte 0 is the run: one process's while it prepares the directory, then shared by all of the
-    run. Byte k is part k: whoever holds it writes that part.
+    Byte 0 is the directory: one process's while it checks it, then shared by all that are at
+    work. Byte k is part k: whoever holds it writes that part. The file says in JSON who is there,
+    with which settings, and which parts have been worked through.
     """
 
-    FAILURES = 1 << 40  # the byte of `failed_samples.csv`, which belongs to all
+    RECORD = 1 << 40  # the byte of the JSON, and of `failed_samples.csv`: they belong to all
 
-    def __init__(self, output_dir: Path, run_id: str) -> None:
-        self._path = output_dir / ".lock"
-        self._run_id = run_id
-        self._holder: dict = {}
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+    def __init__(self, output_dir: Path) -> None:
+        self.output_dir = output_dir
+        self.has_locks = True
+        self._name = f"process {os.getpid()} on {socket.gethostname()}"
+        self._thread_lock = threading.Lock()  # POSIX's do not keep out one's own threads
+        # Never opened a second time: to close any descriptor of a file drops all its locks.
+        self._descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
 
-    def acquire(self) -> bool:
-        """Join the run; True for the process that is to prepare the directory, then `share()`.
-
-        Raises ExtractionError: another run is at work here.
-        """
-        deadline = time.monotonic() + 2  # another process may be about to write its name
-        while not self.claim(0):
-            time.sleep(0.1)
-            with contextlib.suppress(ValueError):
-                self._holder = json.loads(os.pread(self._descriptor, HOLDER_BYTES, 0))
-            if self._holder.get("run_id") != self._run_id:
-                if time.monotonic() < deadline:
-                    continue
-                raise ExtractionError(
-                    f"{self._path.parent} is in use by process {self._holder.get('pid')} on "
-                    f"{self._holder.get('host')} | wait for it, or choose another --output-dir"
-                )
-            if self._holder.get("is_prepared"):
-                fcntl.lockf(self._descriptor, fcntl.LOCK_SH, 1, 0)
-                return False
-        self._tell(is_prepared=False)
+    def _lock(self, kind: int, byte: int) -> bool:
+        """Whether it is granted at once; without locks on the file system always."""
+        try:
+            fcntl.lockf(self._descriptor, kind, 1, byte)
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            if self.has_locks:
+                rule = "each process takes its share by its rank"
+                if "RANK" not in os.environ:
+                    rule = "this must be the only process at work there"
+                log.warning("the file system of %s has no locks: %s", self.output_dir, rule)
+            self.has_locks = False
         return True
 
-    def share(self) -> None:
-        """Let the other processes of this run in."""
-        self._tell(is_prepared=True)
-        fcntl.lockf(self._descriptor, fcntl.LOCK_SH, 1, 0)
+    def _take(self, byte: int) -> bool:
+        return self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, byte)
 
-    def _tell(self, is_prepared: bool) -> None:
-        holder = {"run_id": self._run_id, "host": socket.gethostname(), "pid": os.getpid()}
-        text = json.dumps(holder | {"is_prepared": is_prepared}).ljust(HOLDER_BYTES)
-        os.pwrite(self._descriptor, text.encode(), 0)
+    def _share(self, byte: int) -> bool:
+        return self._lock(fcntl.LOCK_SH | fcntl.LOCK_NB, byte)
+
+    def join(self, settings: dict) -> bool:
+        """Enter the directory. True for who is alone there: it is to check all, and `open`.
+
+        Raises ExtractionError: those who are at work have other settings or rows.
+        """
+        patience = time.monotonic() + LINE_SECONDS
+        while not self._take(0):
+            if self._share(0):
+                with self.record() as record:
+                    theirs = record["settings"]
+                    differing = [name for name in settings if theirs.get(name) != settings[name]]
+                    if not differing:
+                        record["processes"].append(self._name)
+                        return False
+                self._lock(fcntl.LOCK_UN, 0)
+                if self._take(0):  # they have just left
+                    return True
+                pairs = [f"{n} is {theirs.get(n)!r} there, {settings[n]!r} here" for n in differing]
+                raise ExtractionError(
+                    f"{self.output_dir} is in use by {', '.join(record['processes'])} with other "
+                    f"settings: {'; '.join(pairs)} | wait, or choose another --output-dir"
+                )
+            if time.monotonic() > patience:
+                log.info("waiting for the process that checks %s", self.output_dir)
+                patience += LINE_SECONDS
+            time.sleep(0.05)
+        return True
+
+    def open(self, settings: dict) -> None:
+        """Let the others in."""
+        with self.record() as record:
+            record |= {"settings": settings, "processes": [self._name], "done": []}
+        self._share(0)
 
     def claim(self, number: int) -> bool:
         """Whether part `number` is this process's to write from now on."""
-        try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-        except (BlockingIOError, PermissionError):
-            return False
-        return True
+        if self._take(number) and self.has_locks:
+            return True
+        rank, size = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+        return not self.has_locks and number % size == rank
+
+    def release(self, number: int, is_done: bool = False) -> None:
+        """Let go of a part; what `is_done` nobody tries again while anybody is at work."""
+        if is_done:
+            with self.record() as record:
+                record["done"].append(number)
+        self._lock(fcntl.LOCK_UN, number)
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """One process at a time."""
-        fcntl.lockf(self._descriptor, fcntl.LOCK_EX, 1, self.FAILURES)
-        try:
-            yield
-        finally:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, self.FAILURES)
+    def record(self) -> Iterator[dict]:
+        """What the file says, to read and to change, one process at a time."""
+        with self._thread_lock:
+            while not self._take(self.RECORD):
+                time.sleep(0.01)
+            try:
+                size = os.fstat(self._descriptor).st_size
+                record = {"settings": {}, "processes": [], "done": []}
+                with contextlib.suppress(ValueError, TypeError):  # cut short with its writer
+                    record |= json.loads(os.pread(self._descriptor, size, 0))
+                before = json.dumps(record)
+                yield record
+                text = json.dumps(record)
+                if text != before:
+                    os.ftruncate(self._descriptor, 0)
+                    os.pwrite(self._descriptor, text.encode(), 0)
+            finally:
+                self._lock(fcntl.LOCK_UN, self.RECORD)
 
-    def release(self) -> None:
-        """Leave the run."""
+    def leave(self) -> None:
+        """Give everything back."""
+        with contextlib.suppress(OSError), self.record() as record:  # a full disk is no matter
+            if self._name in record["processes"]:
+                record["processes"].remove(self._name)
         os.close(self._descriptor)
 
 
-class Work:
-    """Which rows are to do, and which of them this process does, part by part."""
+# ─────────────────────────────────────────── the run ───────────────────────────────────────────
+@dataclass(eq=False)
+class Plan:
+    """What there is to do, and what there was."""
 
-    def __init__(self, parts: dict[int, list[Row]], stored: set[str], launch: Launch, lock) -> None:
-        self.lock: OutputLock = lock
-        self.part_of = {row: number for number, rows in parts.items() for row in rows}
-        is_stored = [row.question_id in stored for row in self.part_of]
-        self.num_rows, self.num_stored = len(is_stored), sum(is_stored)
-        self.num_before = dict(zip(self.part_of, itertools.accumulate(is_stored)))  # stored ones
-        self.ends: set[Row] = set()  # last missing rows of the claimed parts
-        self._parts = parts
-        self._stored = stored
-        self._launch = launch
-
-    def claim_rows(self, output_dir: Path) -> Iterator[Row]:
-        """The missing rows of one part after the other that no other process has taken."""
-        for number, rows in self._parts.items():
-            if all(row.question_id in self._stored for row in rows):
-                continue
-            if self._launch.add(f"part {number}", 1) > 1 or not self.lock.claim(number):
-                continue
-            # A task of the same array may have finished it since this one looked.
-            stored = self._stored | stored_ids(part_path(output_dir, number))
-            missing = [row for row in rows if row.question_id not in stored]
-            self.ends.update(missing[-1:])
-            yield from missing
+    num_rows: int
+    missing: dict[int, list[Row]]  # of every part that this process has not claimed
+    stored: dict[str, Path]  # in which part each question_id stands
+    stored_about: dict[str, list[str]]  # question_ids that stand somewhere, by image_id
+    known_failures: set[str]  # question_ids that failed before
 
 
-def open_output(options: Options, settings: dict, shapes: dict, rows: list[Row], launch) -> Work:
-    """Lock the directory, look at what is there already, and plan the rest.
+def describe_run(options: Options, config, prompter: Prompter, rows: list[Row], device) -> dict:
+    """The root attributes of every part; those in `IDENTITY` may not change."""
+    import transformers
 
-    Raises ExtractionError: in use, of another run, not writable, or too small for what is to come.
+    decoder = config.text_config
+    described = {
+        "model_name": str(Path(options.model)) if Path(options.model).exists() else options.model,
+        "model_revision": find_revision(options.model, config),
+        "device": options.device_map or str(device),
+        "dtype": options.dtype,
+        "layers": choose_layers(options.layers, decoder.num_hidden_layers),
+        "num_layers": decoder.num_hidden_layers,
+        "hidden_size": decoder.hidden_size,
+        "vision_hidden_size": config.vision_config.hidden_size,
+        "max_new_tokens": options.max_new_tokens,
+        "prompt": prompter.render("{question}"),
+        "image_processor": type(prompter.processor.image_processor).__name__,
+        "attn_implementation": "sdpa",
+        "torch_version": str(torch.__version__),
+        "transformers_version": transformers.__version__,
+        "python_version": platform.python_version(),
+        "schema_version": SCHEMA_VERSION,
+        "checkpoint_interval": options.checkpoint_interval,
+        "storage_dtype": options.storage_dtype,
+        "dataset": options.vqa_dataset.name,
+        "dataset_sha256": hash_rows(rows),
+    }
+    if device.type == "cuda":
+        described["device_name"] = torch.cuda.get_device_name(device)
+        described["cuda_version"] = str(torch.version.cuda)
+        described["cudnn_version"] = str(torch.backends.cudnn.version())
+    return described
+
+
+def open_output(
+    options: Options, lock: OutputLock, settings: dict, rows: list[Row], sample_size: int
+) -> Plan:
+    """Enter the directory, look at what is there already, and plan the rest.
+
+    Raises ExtractionError: in use, of another run, or too small for what is to come; OSError.
     """
     output_dir = options.output_dir
-    identity = json.dumps([settings[name] for name in (*IDENTITY, "dataset_sha256")])
-    run_id = f"{launch.run_id}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-    size = bytes_per_sample(shapes, options.storage_dtype)
-    parts = plan_parts(rows, options.checkpoint_interval)
-    if options.test:
-        first = set(rows[:NUM_TEST_ROWS])
-        parts = {k: [row for row in part if row in first] for k, part in parts.items()}
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        lock = OutputLock(output_dir, run_id)
-        if not lock.acquire():
-            stored = set().union(*map(stored_ids, find_parts(output_dir)))
-            return Work(parts, stored, launch, lock)
-        # Once a launch, by whoever prepares first: one that comes late finds what the others wrote.
-        overwrites = options.overwrite and launch.add("overwritten", 1) == 1
-        stored = set() if overwrites else scan_parts(output_dir, settings, shapes, rows)
-        work = Work(parts, stored, launch, lock)
+    identity = {name: settings[name] for name in (*IDENTITY, "dataset_sha256")}
+    is_first = lock.join(identity)
+    if options.overwrite and not is_first:
+        raise ExtractionError(f"--overwrite: others are at work in {output_dir} | wait for them")
+    stored = {} if options.overwrite else scan_parts(output_dir, settings)
+    wanted = set(rows[:NUM_TEST_ROWS] if options.test else rows)
+    missing, about = {}, {}
+    for number, part in plan_parts(rows, options.checkpoint_interval).items():
+        if left := [row for row in part if row in wanted and row.question_id not in stored]:
+            missing[number] = left
+    for row in rows:
+        if row.question_id in stored:
+            about.setdefault(row.image_id, []).append(row.question_id)
+    if is_first:
         remove_files(output_dir, everything=False)
-        check_disk(output_dir, (work.num_rows - work.num_stored) * size, overwrites)
-        if overwrites:
+        update_texts(rows, stored, settings)
+        check_disk(output_dir, sum(map(len, missing.values())) * sample_size, options.overwrite)
+        if options.overwrite:
             remove_files(output_dir, everything=True)
-        missing = {row.question_id for row in rows} - stored
-        update_failures(output_dir, lambda question_id: question_id in missing)
-        lock.share()
-    except OSError as error:
-        raise ExtractionError(
-            f"--output-dir {output_dir}: {error.strerror or error} "
-            "| choose a directory that can be written to"
-        ) from error
-    return work
+    unstored = {row.question_id for row in rows} - stored.keys()
+    with lock.record():
+        known_failures = update_failures(output_dir, unstored.__contains__)
+    if is_first:
+        lock.open(identity)
+    return Plan(len(wanted), missing, stored, about, known_failures)
 
 
 def check_disk(output_dir: Path, needed: int, frees_parts: bool) -> None:
@@ -1401,363 +2009,375 @@ def check_disk(output_dir: Path, needed: int, frees_parts: bool) -> None:
         )
 
 
-# ─────────────────────────────────────────── the run ───────────────────────────────────────────
-class StopSignal:
-    """Turns Ctrl-C, SIGTERM and SIGUSR1 (Slurm's early warning) into a wish to stop.
+def claim_rows(
+    plan: Plan, lock: OutputLock, expect: Callable[[int, list[Row]], None]
+) -> Iterator[Row]:
+    """The missing rows of one part after the other that no other process has taken.
 
-    The batch in hand is finished and saved; Ctrl-C once more ends the process at once.
+    `expect` is told of each part and its missing rows before they come.
+    """
+    for number in list(plan.missing):
+        if not lock.claim(number):
+            continue
+        rows = still_missing(plan.missing.pop(number), part_path(lock.output_dir, number))
+        with lock.record() as record:
+            is_done = number in record["done"]
+        if is_done or not rows:
+            lock.release(number)
+            continue
+        # What a dead process has left of it.
+        part_path(lock.output_dir, number).with_suffix(".partial").unlink(missing_ok=True)
+        expect(number, rows)
+        yield from rows
+
+
+def still_missing(rows: list[Row], path: Path) -> list[Row]:
+    """The rows that have not been stored in a part meanwhile."""
+    stored = set()
+    with contextlib.suppress(FileNotFoundError), open_part(path) as part:
+        stored = set(map(urllib.parse.unquote, part))
+    return [row for row in rows if row.question_id not in stored]
+
+
+def count_elsewhere(plan: Plan, lock: OutputLock) -> int:
+    """Missing rows of the parts that other processes hold."""
+    count = 0
+    for number, rows in plan.missing.items():
+        if lock.claim(number):
+            lock.release(number)
+        elif lock.has_locks:
+            count += len(still_missing(rows, part_path(lock.output_dir, number)))
+    return count
+
+
+class ImageSource:
+    """Images with their questions, in order, prepared by threads beside the model.
+
+    A row that cannot be asked goes to `fail`. An error ends the images and is kept in `error`, so
+    that what the model has in hand is answered before anybody raises it.
     """
 
-    def __init__(self) -> None:
-        self.status: int | None = None  # the exit status asked for
-        self._since = 0.0
+    def __init__(
+        self, options: Options, prompter: Prompter, plan: Plan, fail: Callable[[Failure], None]
+    ) -> None:
+        self.error: ExtractionError | None = None
+        self._options = options
+        self._prompter = prompter
+        self._plan = plan
+        self._fail = fail
+        self._streak = FailureStreak(plan.known_failures)
 
-    def __enter__(self) -> StopSignal:
-        self._previous = {signum: signal.signal(signum, self._receive) for signum in SIGNALS}
-        return self
+    def images(self, rows: Iterable[Row]) -> Iterator[Asked]:
+        """The images of consecutive rows; few are in memory at a time, whatever the batch."""
+        num_ahead = 2 * self._options.num_workers
+        pending: deque[Future] = deque()
+        with ThreadPoolExecutor(self._options.num_workers) as pool:
+            try:
+                for _, about_image in itertools.groupby(rows, key=lambda row: row.image_id):
+                    pending.append(pool.submit(self.ask, list(about_image)))
+                    if len(pending) > num_ahead:
+                        yield from self._check(*pending.popleft().result())
+                while pending:
+                    yield from self._check(*pending.popleft().result())
+            except ExtractionError as error:
+                self.error = error
+            finally:
+                pool.shutdown(cancel_futures=True)
 
-    def __exit__(self, *_) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+    def ask(self, rows: list[Row]) -> tuple[Asked | None, list[Failure]]:
+        """The rows about one image as the model reads them, ready for an asynchronous copy."""
+        return self._prompter.ask(rows, self._load)
 
-    def _receive(self, signum: int, _frame) -> None:
-        # A launcher passes on the Ctrl-C that the terminal has sent already: not a second one.
-        if signum == signal.SIGINT and self.status and time.monotonic() - self._since > 1:
-            os._exit(130)
-        if self.status is None:
-            self.status = 130 if signum == signal.SIGINT else 143
-            self._since = time.monotonic()
+    def _load(self, image_id: str) -> tuple[Tensor, str]:
+        image, sha256 = open_image(self._options.images_dir, image_id)
+        pixel_values = self._prompter.pixels(image).to(getattr(torch, self._options.dtype))
+        if self._options.device.startswith("cuda"):
+            pixel_values = pixel_values.pin_memory()
+        return pixel_values, sha256
 
+    def _check(self, asked: Asked | None, failures: list[Failure]) -> Iterator[Asked]:
+        for failure in failures:
+            self._fail(failure)
+            if self._options.strict:
+                where = f"question_id {failure.row.question_id!r}"
+                raise ExtractionError(f"--strict: {where} failed: {failure.error}")
+            if not asked:
+                self._streak.extend(failure)
+        if asked:
+            self._streak.end()
+            self._check_unchanged(asked.prompts[0].row.image_id, asked.image_sha256)
+            yield asked
 
-def prepare_image(
-    rows: list[Row], options: Options, prompts: Prompts, device: torch.device
-) -> list[Prompt | Failure]:
-    """The rows about one image as the model reads them, ready for an asynchronous copy."""
-
-    def load(image_id: str) -> Tensor:
-        pixel_values = prompts.pixels(open_image(options.images_dir, image_id))
-        pixel_values = pixel_values.to(getattr(torch, options.dtype))
-        return pixel_values.pin_memory() if device.type == "cuda" else pixel_values
-
-    return prompts.prepare(rows, load)
-
-
-def prepare_ahead(
-    rows: Iterable[Row], prepare: Callable[[list[Row]], list], num_workers: int, num_images: int
-) -> Iterator[Prompt | Failure]:
-    """Row after row in order; threads prepare `num_images` while the model works on others."""
-    pending: deque = deque()
-    with ThreadPoolExecutor(num_workers) as pool:
-        try:
-            for _, about_image in itertools.groupby(rows, key=lambda row: row.image_id):
-                pending.append(pool.submit(prepare, list(about_image)))
-                if len(pending) > num_images:
-                    yield from pending.popleft().result()
-            while pending:
-                yield from pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def make_batches(
-    rows: Iterable[Prompt | Failure], batch_size: int
-) -> Iterator[list[Prompt | Failure]]:
-    """Consecutive rows with `batch_size` prompts among them; failures alone are not held back."""
-    batch: list[Prompt | Failure] = []
-    num_prompts = 0
-    for row in rows:
-        batch.append(row)
-        num_prompts += isinstance(row, Prompt)
-        if num_prompts == batch_size or len(batch) - num_prompts == MAX_FAILED_IMAGES:
-            yield batch
-            batch, num_prompts = [], 0
-    if batch:
-        yield batch
-
-
-def run_batch(extractor: Extractor, batch: list[Prompt | Failure]) -> list[Sample | Failure]:
-    """Run a batch; one that does not fit into the device's memory in halves, down to one prompt.
-
-    Raises ExtractionError: the device failed in another way.
-    """
-    prompts = [row for row in batch if isinstance(row, Prompt)]
-    try:
-        samples = iter(extractor.run(prompts) if prompts else [])
-        return [next(samples) if isinstance(row, Prompt) else row for row in batch]
-    except torch.OutOfMemoryError:
-        pass  # go on outside, where the traceback no longer holds tensors
-    except (RuntimeError, IndexError) as error:
-        ids = [prompt.row.question_id for prompt in prompts]
-        raise ExtractionError(f"the model failed on question_ids {ids}: {error}") from error
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
-    if len(batch) == 1:
-        return [Failure(prompts[0].row, "the device's memory is too small for it")]
-    log.warning("%d questions at once are too many for the device's memory: halved", len(prompts))
-    middle = len(batch) // 2
-    return run_batch(extractor, batch[:middle]) + run_batch(extractor, batch[middle:])
+    def _check_unchanged(self, image_id: str, image_sha256: str) -> None:
+        """Raise ExtractionError if samples are stored about another picture of that name."""
+        for question_id in self._plan.stored_about.get(image_id, ()):
+            with open_part(self._plan.stored[question_id]) as part:
+                stored_sha256 = part[group_name(question_id)].attrs["image_sha256"]
+            if stored_sha256 != image_sha256:
+                raise ExtractionError(
+                    f"image {image_id!r} has changed: question_id {question_id!r} is stored about "
+                    "another picture of that name | put that one back, give the new one another "
+                    "name, or --overwrite"
+                )
 
 
 class Progress:
-    """One bar for all processes of a launch; a line now and then where stderr is no terminal."""
+    """One bar; a line now and then where stderr is no terminal."""
 
-    def __init__(self, launch: Launch, num_rows: int, num_stored: int) -> None:
-        self._launch = launch
-        self._is_terminal = sys.stderr.isatty() and launch.rank == 0
+    def __init__(self, num_missing: int) -> None:
+        self.num_extracted = self.num_failed = 0
+        self._is_terminal = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
         self._last_line = time.monotonic()
         file = sys.stderr if self._is_terminal else open(os.devnull, "w")
-        self.bar = tqdm(total=num_rows, initial=num_stored, unit=" samples", file=file, ncols=100)
+        # Without smoothing: the rate since the start, for answers come in bursts.
+        self.bar = tqdm(total=num_missing, unit=" samples", file=file, ncols=100, smoothing=0)
 
-    def update(self, num_extracted: int, num_failed: int) -> tuple[int, int]:
-        """Count, show, and return what all processes have counted."""
-        extracted = self._launch.add("extracted", num_extracted)
-        failed = self._launch.add("failed", num_failed)
-        self.bar.set_postfix(failed=failed, refresh=False)
-        self.bar.update(self.bar.initial + extracted + failed - self.bar.n)
+    def count(self, num_extracted: int, num_failed: int) -> None:
+        """Count rows that are stored, or listed as failed."""
+        self.num_extracted += num_extracted
+        self.num_failed += num_failed
+        self.bar.set_postfix(failed=self.num_failed, refresh=False)
+        self.bar.update(num_extracted + num_failed)
         if not self._is_terminal and time.monotonic() - self._last_line > LINE_SECONDS:
             self._last_line = time.monotonic()
             log.info("%s", self.bar)
-        return extracted, failed
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
-    """What lasts as long as a run."""
+@dataclass(eq=False)
+class OpenPart:
+    """A part that this process writes."""
 
-    options: Options
-    settings: dict  # root attributes of every part
-    shapes: dict[str, int]  # of `state_shapes`
-    prompts: Prompts
-    device: torch.device
-    launch: Launch
-    work: Work
-    progress: Progress
-    stop: StopSignal
-
-    def prepare(self, rows: list[Row]) -> list[Prompt | Failure]:
-        """The rows about one image as the model reads them."""
-        return prepare_image(rows, self.options, self.prompts, self.device)
+    number: int
+    writer: PartWriter
+    missing: set[Row]  # without an outcome yet
+    failures: list[Failure] = field(default_factory=list)
 
 
 class Recorder:
-    """Checks, decodes and writes what the model gives, in the plan's order.
+    """Writes outcomes into their parts, on a thread of its own beside the model.
 
-    Its errors are ExtractionErrors. After one it takes nothing more; the part in hand is saved,
-    unless it was the writing that failed.
+    Answers end in another order than the plan's, so several parts are open at once; each is
+    finished with the last of its rows. What went wrong on the thread comes out of the next call.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._number = 0  # of the part in hand
-        self._writer: PartWriter | None = None
-        self._outcomes: dict[str, Failure | None] = {}  # of the part in hand, by question_id
-        self._failed_images: set[str] = set()  # since the last row that went well, now or before
-        self._num_before = 0  # rows stored before, up to the one in hand
+    def __init__(
+        self, options: Options, settings: dict, prompter: Prompter, shapes: dict, lock: OutputLock
+    ) -> None:
+        self.progress: Progress | None = None
+        self.num_claimed = 0
+        self._options = options
+        self._settings = settings
+        self._prompter = prompter
+        self._shapes = shapes
+        self._lock = lock
+        self._open: dict[Row, OpenPart] = {}  # by each row without an outcome
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: deque[Future] = deque()
         self._has_failed = False
 
-    def record(self, batch: list[Sample | Failure]) -> None:
-        """Take the outcomes of a batch."""
-        with self._explain_errors():
-            for outcome in () if self._has_failed else batch:
-                self._take(outcome)
+    def expect(self, number: int, rows: list[Row]) -> None:
+        """Part `number` is this process's; these rows are missing in it."""
+        path = part_path(self._options.output_dir, number)
+        writer = PartWriter(path, self._settings, self._options.compression)
+        self._open.update(dict.fromkeys(rows, OpenPart(number, writer, set(rows))))
+        self.num_claimed += 1
+
+    def record(self, outcome: Sample | Failure) -> None:
+        """Take an outcome. Raises ExtractionError: an earlier one could not be written."""
+        self._pending.append(self._thread.submit(self._record, outcome))
+        while self._pending and (self._pending[0].done() or len(self._pending) > MAX_BATCH_SIZE):
+            self._pending.popleft().result()
+
+    def drain(self) -> None:
+        """Return when all is written that was recorded."""
+        while self._pending:
+            self._pending.popleft().result()
 
     def finish(self) -> None:
-        """Save what there is of the part in hand."""
-        with self._explain_errors():
-            self._finish_part()
+        """Save what there is of the parts in hand."""
+        for part in dict.fromkeys(self._open.values()):
+            self._pending.append(self._thread.submit(self._finish_part, part))
+        wait(self._pending)
+        self.drain()
 
-    @contextlib.contextmanager
-    def _explain_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except ExtractionError:  # what was recorded before it is worth keeping
-            self._has_failed = True
-            raise
-        except Exception as error:  # whatever it is, a sample may be half written
-            self._has_failed = True
-            if self._writer is not None:
-                self._writer.discard()
-                self._writer = None
-            is_device = isinstance(error, torch.AcceleratorError)
-            where = (
-                "the device failed" if is_device else f"writing to {self._run.options.output_dir}"
-            )
-            raise ExtractionError(
-                f"{where}: {error} | finished parts are whole; the same command goes on, "
-                "once there is room if the disk is full"
-            ) from error
-
-    def _take(self, outcome: Sample | Failure) -> None:
-        if isinstance(outcome, Sample):
-            outcome.wait()
-            if not outcome.states.isfinite().all():
-                outcome = Failure(outcome.prompt.row, "its states are not finite")
+    def _record(self, outcome: Sample | Failure) -> None:
         row = outcome.row if isinstance(outcome, Failure) else outcome.prompt.row
-        self._open_part(self._run.work.part_of[row])
-        num_before, self._num_before = self._num_before, self._run.work.num_before[row]
-        if self._num_before > num_before:
-            self._failed_images.clear()
+        if self._has_failed:
+            return
+        part = self._open[row]
         if isinstance(outcome, Failure):
-            self._fail(outcome)
+            part.failures.append(outcome)
+            self.progress.count(0, 1)
         else:
-            self._store(outcome)
-        if row in self._run.work.ends:
-            self._finish_part()
+            with self._explain_errors(part):
+                self._write(part.writer, outcome)
+            self.progress.count(1, 0)
+        part.missing.discard(row)
+        del self._open[row]
+        if not part.missing:
+            self._finish_part(part)
 
-    def _open_part(self, number: int) -> None:
-        if self._writer is None or number != self._number:
-            self._finish_part()
-            path = part_path(self._run.options.output_dir, number)
-            self._writer = PartWriter(path, self._run.settings, self._run.options.compression)
-            self._number = number
-
-    def _store(self, sample: Sample) -> None:
-        prompts, prompt = self._run.prompts, sample.prompt
-        vectors = sample.states.split(list(self._run.shapes.values()))
-        states = {name: v.numpy() for name, v in zip(self._run.shapes, vectors, strict=True)}
+    def _write(self, writer: PartWriter, sample: Sample) -> None:
+        prompt, widths = sample.prompt, list(self._shapes.values())
+        vectors = zip(self._shapes, sample.states.split(widths), strict=True)
+        vectors = {name: vector.numpy() for name, vector in vectors}
         attributes = {
             "num_prompt_tokens": len(prompt.input_ids),
-            "vision_token_pos": prompts.soft_stop - 1,
+            "vision_token_pos": self._prompter.soft_stop - 1,
             "query_token_pos": len(prompt.input_ids) - 1,
             "num_answer_tokens": len(sample.answer),
             "answer_truncated": sample.is_truncated,
+            "image_sha256": sample.image_sha256,
         }
-        self._writer.add(prompt.row, states, prompts.decode(sample.answer), attributes)
-        self._outcomes[prompt.row.question_id] = None
-        self._failed_images.clear()
-        self._run.progress.update(1, 0)
+        if sample.logprobs:
+            vectors["answer_logprobs"] = np.array(sample.logprobs, dtype=np.float32)
+            attributes["first_token_entropy"] = sample.first_token_entropy
+        writer.add(prompt.row, self._prompter.decode(sample.answer), vectors, attributes)
 
-    def _fail(self, failure: Failure) -> None:
-        """Count it. Raises ExtractionError if it is one too many."""
-        self._outcomes[failure.row.question_id] = failure
-        self._failed_images.add(failure.row.image_id)
-        self._run.progress.update(0, 1)
-        last = f"question_id {failure.row.question_id!r}"
-        if self._run.options.strict:
-            raise ExtractionError(f"--strict: {last} failed: {failure.error}")
-        if len(self._failed_images) == MAX_FAILED_IMAGES:
+    def _finish_part(self, part: OpenPart) -> None:
+        """Put a part in place, with the failures of its rows, and let go of it."""
+        with self._explain_errors(part):
+            part.writer.finish()
+            failed = {failure.row.question_id for failure in part.failures}
+            path = part_path(self._options.output_dir, part.number)
+            with self._lock.record(), open_part(path) as stored:
+                update_failures(
+                    self._options.output_dir,
+                    lambda id_: id_ not in failed and group_name(id_) not in stored,
+                    part.failures,
+                )
+            is_done = not part.missing and not self._options.test
+            self._lock.release(part.number, is_done)
+
+    @contextlib.contextmanager
+    def _explain_errors(self, part: OpenPart) -> Iterator[None]:
+        """What goes wrong with a part is told in one line, and the part is not put in place."""
+        try:
+            yield
+        except (Damage, *H5PY_ERRORS) as error:
+            self._has_failed = True
+            part.writer.discard()
+            output_dir = self._options.output_dir
+            if isinstance(error, Damage):
+                set_aside(part_path(output_dir, part.number), error)
+            advice = "the parts in hand are not saved, those in place are whole; run it again"
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                advice += ", once there is room"
             raise ExtractionError(
-                f"the rows of {MAX_FAILED_IMAGES} different images failed in a row: something is "
-                f"wrong with all of them | the last, {last}: {failure.error}"
-            )
-
-    def _finish_part(self) -> None:
-        if self._writer is None:
-            return
-        self._writer.finish()
-        self._writer = None
-        with self._run.work.lock.alone():
-            update_failures(
-                self._run.options.output_dir,
-                lambda question_id: question_id not in self._outcomes,
-                filter(None, self._outcomes.values()),
-            )
-        self._outcomes = {}
+                f"writing part {part.number} to {output_dir}: "
+                f"{getattr(error, 'strerror', None) or error} | {advice}"
+            ) from error
 
 
-def work_through(run: Run, extractor: Extractor) -> None:
+def work_through(
+    plan: Plan, lock: OutputLock, source: ImageSource, extractor: Extractor, recorder: Recorder
+) -> None:
     """Extract every row that this process can claim, or until it is to stop.
 
-    Images are prepared by threads, parts written by one more, both beside the model.
     Raises ExtractionError: it could not go on; what was done is saved.
     """
-    options, recorder, recorded = run.options, Recorder(run), deque()
-    claimed = run.work.claim_rows(options.output_dir)
-    num_images = 2 * options.num_workers + options.batch_size
-    rows = prepare_ahead(claimed, run.prepare, options.num_workers, num_images)
-    with ThreadPoolExecutor(1) as thread, contextlib.closing(rows):
-        try:
-            for batch in make_batches(rows, options.batch_size):
-                recorded.append(thread.submit(recorder.record, run_batch(extractor, batch)))
-                if len(recorded) > 2:
-                    recorded.popleft().result()  # raises what went wrong
-                if run.stop.status:
-                    break
-        finally:
-            recorded.append(thread.submit(recorder.finish))
-            for future in recorded:
-                future.result()
-
-
-def wait_for_all(run: Run) -> None:
-    """Return when all processes of the launch have ended; only the first one waits."""
-    launch = run.launch
-    launch.add("finished", 1)
-    while launch.rank == 0 and launch.add("finished", 0) < launch.world_size:
-        if run.stop.status:
-            break
-        run.progress.update(0, 0)
-        time.sleep(0.2)
-
-
-def summarise(run: Run, num_seconds: float) -> int:
-    """The last line; the exit status."""
-    launch, work, stop = run.launch, run.work, run.stop
-    if stop.status:
-        log.warning("stopped; what was done is saved, and the same command goes on from there")
-        return stop.status
-    if launch.rank != 0:  # the first one, which keeps the counts, may be gone
-        return 0
-    extracted, failed = run.progress.update(0, 0)
-    if failed:
-        log.warning("what failed, and why: %s", run.options.output_dir / FAILED_NAME)
-    # Processes of one launch do not start as one, and may find each other's samples there.
-    already = work.num_stored if launch.world_size == 1 else work.num_rows - extracted - failed
-    print(
-        f"Extracted {extracted} of {work.num_rows} samples ({failed} failed, {already} already "
-        f"done) in {num_seconds:.1f} s: {extracted / max(num_seconds, 1e-9):.2f} samples/s",
-        file=sys.stderr,
-    )
-    return 3 if failed else 0
+    try:
+        while not STOP.status:
+            num_claimed = recorder.num_claimed
+            rows = claim_rows(plan, lock, recorder.expect)
+            with contextlib.closing(source.images(rows)) as images:
+                for outcome in extractor.run(images, lambda: bool(STOP.status)):
+                    recorder.record(outcome)
+            recorder.drain()
+            if source.error:
+                raise source.error
+            if recorder.num_claimed > num_claimed:
+                continue
+            # A launcher ends everybody with the first process that fails: none may end early.
+            if "RANK" not in os.environ or not count_elsewhere(plan, lock):
+                break
+            time.sleep(0.5)
+    finally:
+        recorder.finish()
 
 
 def extract(options: Options) -> int:
     """Run an extraction, from the CSV to the last part; the exit status.
 
-    Raises ExtractionError: it could not start or go on.
+    Raises ExtractionError: it could not start or go on; OSError: the system failed.
     """
-    if options.overwrite and "SLURM_ARRAY_JOB_ID" in os.environ:
+    if options.overwrite and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ExtractionError(
-            "--overwrite: a late task of a Slurm array would delete what others wrote "
-            "| empty the --output-dir before the array starts"
+            "--overwrite needs the directory for itself: a process that came late would delete "
+            "what others wrote | empty --output-dir first, or overwrite with one process"
         )
     rows = read_rows(options.vqa_dataset)
     check_images(rows, options.images_dir)
     device = check_device(options.device)
     config, processor = load_processor(options)
     with explain_load_errors(options.model):
-        prompts = Prompts(processor)
-    settings = describe_run(options, config, prompts, rows, device)
+        prompter = Prompter(processor, config)
+    settings = describe_run(options, config, prompter, rows, device)
     shapes = state_shapes(config, settings["layers"])
-    launch = Launch()
     # With --overwrite nothing is deleted before the model has shown that it loads.
-    model = load_model(options, device) if options.overwrite else None
-    work = open_output(options, settings, shapes, rows, launch)
-    todo = work.num_rows - work.num_stored
-    log.info("%d rows in the plan, %d to do", work.num_rows, todo)
-    if todo or options.test:
-        model = model or load_model(options, device)
-        extractor = Extractor(model, prompts, settings["layers"], options.max_new_tokens, device)
-    is_sound, start = True, time.monotonic()
-    with StopSignal() as stop, logging_redirect_tqdm([log]):
-        progress = Progress(launch, work.num_rows, work.num_stored)
-        run = Run(options, settings, shapes, prompts, device, launch, work, progress, stop)
-        if todo:
-            work_through(run, extractor)
-        wait_for_all(run)
+    model = load_model(options, config, device) if options.overwrite else None
+    try:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+        lock = OutputLock(options.output_dir)
+    except OSError as error:
+        raise ExtractionError(
+            f"--output-dir {options.output_dir}: {error.strerror} | choose one to write to"
+        ) from error
+    with contextlib.ExitStack() as stack:
+        stack.callback(lock.leave)
+        size = bytes_per_sample(shapes, options.storage_dtype)
+        plan = open_output(options, lock, settings, rows, size)
+        num_missing = sum(map(len, plan.missing.values()))
+        log.info("%d rows in the plan, %d to do", plan.num_rows, num_missing)
+        if not (num_missing or options.test):
+            return summarise(plan, lock, Progress(0), 0.0)
+        model = model or load_model(options, config, device)
+        settings["model_type"] = name_model_type(model.num_parameters())
+        num_tokens = len(prompter.tokenize("?"))
+        batch_size = choose_batch_size(options, config, num_tokens, device)
+        limits = (options.max_new_tokens, batch_size)
+        extractor = Extractor(model, prompter, settings["layers"], *limits)
+        recorder = Recorder(options, settings, prompter, shapes, lock)
+        source = ImageSource(options, prompter, plan, recorder.record)
+        stack.enter_context(STOP.deferred())
+        stack.enter_context(logging_redirect_tqdm([log]))
+        recorder.progress = progress = Progress(num_missing)
+        start = time.monotonic()
+        try:
+            work_through(plan, lock, source, extractor, recorder)
+        finally:
+            progress.bar.close()
         num_seconds = time.monotonic() - start
-        progress.bar.close()
-        if options.test and launch.rank == 0 and not stop.status:
-            is_sound = report_test(run, extractor, rows)
-        status = summarise(run, num_seconds)
-    work.lock.release()
-    return status if is_sound else 1
+        is_sound = True
+        if options.test and os.environ.get("RANK", "0") == "0" and not STOP.status:
+            is_sound = report_test(options, settings, size, extractor, rows)
+        if STOP.status:
+            log.warning("stopped; what was done is saved, and the same command goes on from there")
+            return STOP.status
+        status = summarise(plan, lock, progress, num_seconds)
+        return status if is_sound else 1
+
+
+def summarise(plan: Plan, lock: OutputLock, progress: Progress, num_seconds: float) -> int:
+    """The last line; the exit status."""
+    extracted, failed = progress.num_extracted, progress.num_failed
+    if failed:
+        log.warning("what failed, and why: %s", lock.output_dir / FAILED_NAME)
+    elsewhere = count_elsewhere(plan, lock)
+    already = plan.num_rows - extracted - failed - elsewhere
+    others = f", {elsewhere} in other processes" if elsewhere else ""
+    print(
+        f"Extracted {extracted} of {plan.num_rows} samples ({failed} failed, {already} already "
+        f"done{others}) in {num_seconds:.1f} s: {extracted / max(num_seconds, 1e-9):.2f} samples/s",
+        file=sys.stderr,
+    )
+    return 3 if failed else 0
 
 
 # ─────────────────────────────────────────── --test ────────────────────────────────────────────
 @torch.inference_mode()
 def plain_forward(model, processor, image: Image.Image, question: str, has_mask: bool = True):
-    """The same prompt by transformers alone: no hooks, no cache, nothing shared.
+    """The same prompt by transformers alone: its own layers, no cache, nothing shared.
 
     Returns input_ids [T], the mean of the patches [D_v], and the output of every decoder layer
     [num_layers, T, D], the last one's before the final norm.
@@ -1788,99 +2408,118 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     return float((value - reference).norm() / reference.norm())
 
 
-def compare_with_plain(
-    run: Run, extractor: Extractor, prompts: list[Prompt]
-) -> tuple[bool, float, float]:
-    """Run prompts about an image, and compare the first with a plain forward pass.
+def compare_with_plain(images_dir: Path, extractor: Extractor, asked: Asked) -> tuple:
+    """Run the questions about an image, and compare the first with plain forward passes.
 
-    Returns whether they have the same tokens, the largest relative L2 error of its vectors, and
-    the relative L2 effect of the image mask at the soft tokens.
+    Returns whether they have the same tokens, the relative L2 effect of the image mask at the soft
+    tokens, and the relative L2 error of every vector.
     """
-    prompt, soft_stop = prompts[0], run.prompts.soft_stop
-    sample = extractor.run(prompts)[0]
-    sample.wait()
-    image = open_image(run.options.images_dir, prompt.row.image_id)
-    plain = functools.partial(
-        plain_forward, extractor.model, run.prompts.processor, image, prompt.row.question
-    )
-    input_ids, patches, hidden = plain()
-    _, _, unmasked = plain(has_mask=False)
-    kept = hidden[run.settings["layers"]]  # [layers, T, D]
-    expected = [patches, *kept[:, soft_stop - 1], *kept[:, -1], *kept.mean(dim=1)]
-    found = sample.states.split(list(run.shapes.values()))
-    soft = slice(run.prompts.soft_start, soft_stop)
+    prompt, prompter, model = asked.prompts[0], extractor.prompter, extractor.model
+    found = [outcome for outcome in extractor.run(iter([asked])) if isinstance(outcome, Sample)]
+    states = next(sample.states for sample in found if sample.prompt is prompt)
+    image, _ = open_image(images_dir, prompt.row.image_id)
+    where = (model, prompter.processor, image, prompt.row.question)
+    input_ids, patches, hidden = plain_forward(*where)
+    _, _, unmasked = plain_forward(*where, has_mask=False)
+    kept = hidden[extractor.layers]  # [layers, T, D]
+    soft = slice(prompter.soft_start, prompter.soft_stop)
+    expected = [patches, *kept[:, soft.stop - 1], *kept[:, -1], *kept.mean(dim=1)]
+    vectors = states.split(list(state_shapes(model.config, extractor.layers).values()))
+    errors = list(map(relative_error, vectors, expected))
     effect = relative_error(unmasked[-1, soft], hidden[-1, soft])
-    errors = torch.tensor(list(map(relative_error, found, expected)))  # max() keeps a NaN
-    return input_ids == prompt.input_ids, float(errors.max()), effect
+    return input_ids == prompt.input_ids, effect, errors
 
 
-def time_rows(
-    run: Run, extractor: Extractor, tried: list[Row], rows: list[Row]
-) -> tuple[float, float]:
+def time_rows(extractor: Extractor, source: ImageSource, tried: list[Row], rows: list[Row]):
     """Seconds and answer tokens a row: a batch of those `tried`, as many an image as in `rows`."""
-    options, again, numbers = run.options, itertools.cycle(tried), itertools.count()
-    each = min(round(len(rows) / len({row.image_id for row in rows})), max(options.batch_size, 16))
-    num_images = max(len(tried), options.batch_size // each)  # answers differ between images
-    groups = [
-        [
-            dataclasses.replace(next(again), index=next(numbers), image_id=row.image_id)
-            for _ in range(each)
-        ]
+    again, numbers = itertools.cycle(tried), itertools.count()
+    each = round(len(rows) / len({row.image_id for row in rows}))
+    each = min(each, extractor.batch_size)
+    num_images = max(len(tried), extractor.batch_size // each)  # answers differ between images
+    repeated = [
+        dataclasses.replace(next(again), index=next(numbers), image_id=row.image_id)
         for row in itertools.islice(itertools.cycle(tried), num_images)
+        for _ in range(each)
     ]
-    begin, num_tokens, num_rows = time.monotonic(), 0, each * len(groups)
-    with ThreadPoolExecutor(options.num_workers) as pool:
-        prepared = itertools.chain.from_iterable(pool.map(run.prepare, groups))
-        for batch in make_batches(prepared, options.batch_size):
-            for sample in run_batch(extractor, batch):
-                if isinstance(sample, Sample):
-                    sample.wait()
-                    num_tokens += len(sample.answer)
-    return (time.monotonic() - begin) / num_rows, num_tokens / num_rows
+    begin = time.monotonic()
+    outcomes = list(extractor.run(source.images(repeated)))
+    seconds = time.monotonic() - begin
+    num_tokens = sum(len(o.answer) for o in outcomes if isinstance(o, Sample))
+    return seconds / len(repeated), num_tokens / len(repeated)
 
 
-def report_test(run: Run, extractor: Extractor, rows: list[Row]) -> bool:
+def report_test(
+    options: Options, settings: dict, sample_size: int, extractor: Extractor, rows: list[Row]
+) -> bool:
     """Print what the first rows show and what the whole CSV would take; whether all is well."""
-    options, prompts, first = run.options, run.prompts, rows[:NUM_TEST_ROWS]
-    tried = []
+    nothing = Plan(0, {}, {}, {}, set())
+    source = ImageSource(options, extractor.prompter, nothing, fail=lambda failure: None)
+    first, asked = rows[:NUM_TEST_ROWS], []
     for row in first:  # its image is asked all the questions, so that it goes the shared way
         others = [dataclasses.replace(r, image_id=row.image_id) for r in first if r is not row]
-        found = run.prepare([row, *others])
-        if isinstance(found[0], Prompt):
-            tried.append([prompt for prompt in found if isinstance(prompt, Prompt)])
-    if not tried:
+        asked.append(source.ask([row, *others])[0])
+    asked = [one for one, row in zip(asked, first) if one and one.prompts[0].row is row]
+    if not asked:
         print("none of the first rows can be extracted, so nothing was checked")
         return True
-    compared = [compare_with_plain(run, extractor, about_image) for about_image in tried]
-    same_tokens, errors, effects = zip(*compared)
-    bound, eps = TEST_BOUNDS[options.dtype], torch.finfo(getattr(torch, options.dtype)).eps
-    positions = [len(about_image[0].input_ids) - 1 for about_image in tried]
-    soft_stop = prompts.soft_stop
-    checks = {
-        "the processor's own tokens, one <bos>": all(same_tokens),
-        f"soft tokens {prompts.soft_start} to {soft_stop - 1}, vision token {soft_stop - 1}, "
-        f"query tokens {positions}": min(positions) > soft_stop,
-        f"the image mask changes soft tokens by {min(effects):.1e}": min(effects) > 10 * eps,
-        f"plain forward passes give the same: error {max(errors):.1e}, bound {bound:g}": all(
-            error <= bound for error in errors
-        ),
-    }
-    versions = [f"{name} {run.settings[f'{name}_version']}" for name in ("torch", "transformers")]
-    first_rows = [about_image[0].row for about_image in tried]
-    seconds, num_tokens = time_rows(run, extractor, first_rows, rows)
-    size = len(rows) * bytes_per_sample(run.shapes, options.storage_dtype) / 1e9
+    compared = [compare_with_plain(options.images_dir, extractor, one) for one in asked]
+    is_sound = print_checks(options.dtype, extractor, asked, compared)
+    versions = [f"{name} {settings[f'{name}_version']}" for name in ("torch", "transformers")]
+    device = settings.get("device_name", settings["device"])
+    kernel = name_attention_kernel(extractor)
+    seconds, num_tokens = time_rows(extractor, source, [a.prompts[0].row for a in asked], rows)
+    rate = int(os.environ.get("WORLD_SIZE", "1")) / seconds
+    size, num_images = len(rows) * sample_size / 1e9, len({row.image_id for row in rows})
     free = shutil.disk_usage(options.output_dir).free / 1e9
-    rate, num_images = run.launch.world_size / seconds, len({row.image_id for row in rows})
     print(
-        *(f"{'ok  ' if is_well else 'FAIL'}  {what}" for what, is_well in checks.items()),
-        f"      {', '.join(versions)}; {options.dtype} on {run.settings['device']}",
-        f"      peak memory {peak_memory(run.device)}",
-        f"      the whole CSV takes {size:.2f} GB; {free:.0f} GB are free",
-        f"      {len(rows)} rows about {num_images} images take {len(rows) / rate / 3600:.2f} h at "
+        f"{', '.join(versions)}; {options.dtype} on {device}; attention by {kernel}",
+        f"peak memory {peak_memory(extractor.device)}",
+        f"the whole CSV takes {size:.2f} GB; {free:.0f} GB are free",
+        f"{len(rows)} rows about {num_images} images take {len(rows) / rate / 3600:.2f} h at "
         f"{rate:.2f} samples/s, if answers have {num_tokens:.0f} tokens as here",
         sep="\n",
+        flush=True,
     )
+    return is_sound
+
+
+def print_checks(
+    dtype: str, extractor: Extractor, asked: list[Asked], compared: list[tuple]
+) -> bool:
+    """Print what the comparisons show, and the errors of each layer; whether all is well."""
+    prompter, layers = extractor.prompter, extractor.layers
+    bound, eps = TEST_BOUNDS[dtype], torch.finfo(getattr(torch, dtype)).eps
+    positions = [len(one.prompts[0].input_ids) - 1 for one in asked]
+    same_tokens, effects, all_errors = zip(*compared, strict=True)
+    errors, effect = torch.tensor(all_errors).amax(dim=0), min(effects)  # amax keeps a NaN
+    worst = float(errors.max())
+    last_soft = prompter.soft_stop - 1
+    checks = {
+        "the processor's own tokens, one <bos>": all(same_tokens),
+        f"soft tokens {prompter.soft_start} to {last_soft}, vision token {last_soft}, query tokens "
+        f"{positions}": min(positions) > last_soft,
+        f"the image mask changes soft tokens by {effect:.1e}": effect > 10 * eps,
+        f"plain forward passes give the same: error {worst:.1e}, bound {bound:g}": worst <= bound,
+    }
+    for what, is_well in checks.items():
+        print(f"{'ok  ' if is_well else 'FAIL'}  {what}")
+    print(f"      {VISION} {errors[0]:.1e}; by layer {', '.join(map(str, layers))}:")
+    for k, kind in enumerate(LAYER_KINDS):
+        of_kind = errors[1 + k * len(layers) :][: len(layers)]
+        print(f"      {kind:<28}{' '.join(f'{error:.1e}' for error in of_kind)}")
     return all(checks.values())
+
+
+def name_attention_kernel(extractor: Extractor) -> str:
+    """What PyTorch takes for the decoder's attention on this device."""
+    config, like = extractor.decoder.config, {"dtype": extractor.decoder.dtype}
+    heads, group = config.num_key_value_heads, config.num_attention_heads
+    like["device"] = extractor.device
+    query = torch.zeros(1, heads, group // heads, config.head_dim, **like)
+    key = torch.zeros(1, heads, 64, config.head_dim, **like)
+    bias = torch.zeros(1, 1, group // heads, 64, **like)
+    choice = torch._fused_sdp_choice(query, key, key, attn_mask=bias)
+    return torch.nn.attention.SDPBackend(choice).name.lower()
 
 
 def peak_memory(device: torch.device) -> str:
@@ -1892,28 +2531,102 @@ def peak_memory(device: torch.device) -> str:
 
 
 # ───────────────────────────────────────── command line ────────────────────────────────────────
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number from `least`."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+
+    return number
+
+
+def size_or_auto(text: str) -> int | None:
+    """A whole number from 1; None for `auto`."""
+    return None if text == "auto" else at_least(1)(text)
+
+
+def layer_list(text: str) -> tuple[int, ...] | str:
+    """Comma-separated whole numbers, or `all`."""
+    return text if text == "all" else tuple(int(part) for part in text.split(","))
+
+
+def dtype_name(text: str) -> str:
+    """A type that holds Gemma 3's states."""
+    if text == "float16":
+        raise argparse.ArgumentTypeError("Gemma 3's states pass float16's 65504; use bfloat16")
+    return text
+
+
 def make_parser() -> argparse.ArgumentParser:
-    """The command line: a flag for every field of `Options`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    for option in dataclasses.fields(Options):
-        kwargs = dict(option.metadata)
-        if option.default is dataclasses.MISSING:
-            kwargs["required"] = True
-        else:
-            kwargs["default"] = option.default
-            if option.default not in (None, False):
-                kwargs["help"] += f" (default: {option.default})"
-        parser.add_argument(f"--{option.name.replace('_', '-')}", **kwargs)
+    """The command line: a flag for every field of `Options`, with its default."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    path = {"type": Path, "metavar": "PATH"}
+    count = {"type": at_least(1), "metavar": "N"}
+    dtypes = list(TEST_BOUNDS)
+
+    add = parser.add_argument_group("what to read and where to write").add_argument
+    columns = "question_id, image_id|image_name, question, answer|gt_answer"
+    add("--vqa-dataset", required=True, help=f"CSV with {columns}", **path)
+    add("--images-dir", required=True, help="where image_id names a file", **path)
+    add("--output-dir", help="where the part files go (%(default)s)", **path)
+    add("--overwrite", action="store_true", help="start afresh: delete what this program wrote")
+    add("--test", action="store_true", help="first 3 rows, then checks, and time and disk for all")
+    add("--strict", action="store_true", help="stop at the first row that fails")
+
+    add = parser.add_argument_group("the model").add_argument
+    add("--model", help="name on the Hugging Face hub, or local directory (%(default)s)")
+    add("--revision", help="branch, tag or commit on the hub (%(default)s)")
+    add("--cache-dir", help="where downloads are kept (%(default)s)", **path)
+    add("--device", help="cuda, cpu or any torch device (%(default)s)")
+    add("--device-map", choices=["auto"], help="spread one model over GPUs and CPU")
+    add("--dtype", type=dtype_name, choices=dtypes, help="of the model (%(default)s)")
+
+    add = parser.add_argument_group("what is extracted").add_argument
+    layers = "negative: from the end (default: first, quarters and last)"
+    add("--layers", type=layer_list, metavar="I,J|all", help=layers)
+    tokens = "limit of an answer; 0: none (%(default)s)"
+    add("--max-new-tokens", type=at_least(0), metavar="N", help=tokens)
+
+    add = parser.add_argument_group("how it is run and stored").add_argument
+    side_by_side = "questions answered side by side (auto: what suits the device)"
+    add("--batch-size", type=size_or_auto, metavar="N|auto", help=side_by_side)
+    add("--num-workers", help="threads that prepare images (%(default)s here)", **count)
+    add("--checkpoint-interval", help="samples per part file (%(default)s)", **count)
+    add("--storage-dtype", choices=dtypes, help="of the vectors (%(default)s)")
+    add("--compression", choices=["none", "gzip", "lzf"], help="of the vectors (%(default)s)")
+
+    with_default = [f for f in dataclasses.fields(Options) if f.default != dataclasses.MISSING]
+    parser.set_defaults(**{f.name: f.default for f in with_default})
     return parser
 
 
 def one_line(error: Exception) -> str:
     """Its message without line breaks."""
     return " ".join(str(error).split())
+
+
+class Unfailing:
+    """A stream on which nothing fails: a message that finds no room must not end the run."""
+
+    def __init__(self, stream) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write if possible."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush if possible."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1931,16 +2644,19 @@ def main(argv: list[str] | None = None) -> int:
     log.setLevel(logging.INFO if rank == "0" else logging.WARNING)
     try:
         return extract(options)
+    except ExtractionError as error:
+        log.error("%s", one_line(error))
     except torch.OutOfMemoryError as error:
         advice = "a smaller --batch-size, --device-map auto, or a larger card"
         log.error("the device's memory is too small: %s | %s", one_line(error), advice)
-    except ExtractionError as error:
-        log.error("%s", one_line(error))
+    except (OSError, Damage) as error:
+        log.error("%s | what is in place is whole; the same command goes on", one_line(error))
     return 1
 
 
 if __name__ == "__main__":
+    sys.stderr = Unfailing(sys.stderr)
     exit_status = main()
-    for _signum in SIGNALS:
-        signal.signal(_signum, signal.SIG_IGN)  # nothing is left to stop
+    for signum in StopSignal.SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)  # nothing is left to stop
     raise SystemExit(exit_status)
