@@ -1215,19 +1215,19 @@ class Extractor:
         embeds = self.decoder.embed(step)
         patches = self._fill_in_images(embeds, step, new_seats)
         hidden, (kept, sums) = self._run_prefill(step, embeds, spans, last)
-        is_finite = all_finite(hidden, kept, sums)
-        if not is_finite:  # again, so that what went wrong spoils nobody else
+        if not all_finite(hidden, kept, sums):  # again, so that what went wrong spoils nobody else
             step.is_cleaned = True
             hidden, (kept, sums) = self._run_prefill(step, embeds, spans, last)
         for i, seat in enumerate(new_seats):
             seat.states = (patches[i], kept[i], sums[i])
-        self._keep_states(lives, kept[len(new_seats) :], sums[len(new_seats) :])
-        for live, state in zip(lives, hidden, strict=True):
-            live.hidden = state
+        states = self._join_states(lives, kept[len(new_seats) :], sums[len(new_seats) :])
+        is_sound = to_host(hidden.isfinite().all(dim=1)) & states.isfinite().all(dim=1)
+        is_sound = dict(zip(lives, is_sound.tolist(), strict=True))
+        for live, own_hidden, own_states in zip(lives, hidden, states, strict=True):
+            live.hidden, live.states = own_hidden, own_states
         for live in in_order:
-            if not is_finite and not all_finite(live.hidden, live.states):
-                failure = self._fail(live, "its states are not finite")
-                self._streak.extend(failure)
+            if not is_sound[live]:
+                self._streak.extend(self._fail(live, "its states are not finite"))
                 continue
             self._streak.end()
             if not self.max_new_tokens:
@@ -1272,16 +1272,14 @@ class Extractor:
         hidden = hidden[put(torch.tensor(last), hidden.device)]
         return self.decoder.final_norm(hidden), spans.take()
 
-    def _keep_states(self, lives: list[Live], query: Tensor, own_sum: Tensor) -> None:
-        """Every vector of every question, side by side in the order of `state_shapes`."""
+    def _join_states(self, lives: list[Live], query: Tensor, own_sum: Tensor) -> Tensor:
+        """Every vector of every question, in the order of `state_shapes`, in host memory."""
         of_image = zip(*(live.seat.states for live in lives), strict=True)
         patches, soft, shared_sum = map(torch.stack, of_image)  # [.., D_v], [.., layers, D]
         lengths = torch.tensor([len(live.prompt.input_ids) for live in lives])
         mean = (shared_sum + own_sum) / put(lengths, self.device)[:, None, None]
         by_layer = [vectors.flatten(1) for vectors in (soft, query, mean)]
-        states = to_host(torch.cat([patches, *by_layer], dim=1))
-        for live, own in zip(lives, states, strict=True):
-            live.states = own
+        return to_host(torch.cat([patches, *by_layer], dim=1))
 
     def _decode(self) -> None:
         """The next token of every live question, and the first of those that have just entered."""
@@ -1378,7 +1376,7 @@ class Extractor:
             )
             self.batch_size, self._size_before = self._size_before, None
         else:
-            self.batch_size = min(size, len(live)) // 2
+            self.batch_size = max(1, min(size, len(live)) // 2)
             log.warning("%d questions at once are too many for the device's memory", len(live))
             log.warning("batch size %d from here on", self.batch_size)
         for seat in reversed(self._seats):
@@ -1584,6 +1582,11 @@ class PartWriter:
         self._storage = (attributes["storage_dtype"], compression)
         self._file: CarefulFile | None = None
         self._part: h5py.File | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything was written."""
+        return self._part is not None
 
     def _open(self) -> h5py.File:
         if self._part is None:
@@ -1898,13 +1901,14 @@ class OutputLock:
                 size = os.fstat(self._descriptor).st_size
                 record = {"settings": {}, "processes": [], "done": []}
                 with contextlib.suppress(ValueError, TypeError):  # cut short with its writer
-                    record |= json.loads(os.pread(self._descriptor, size, 0))
+                    text = os.pread(self._descriptor, size, 0).decode()
+                    record |= json.JSONDecoder().raw_decode(text)[0]
                 before = json.dumps(record)
                 yield record
                 text = json.dumps(record)
-                if text != before:
-                    os.ftruncate(self._descriptor, 0)
+                if text != before:  # the rest of a longer text would do no harm
                     os.pwrite(self._descriptor, text.encode(), 0)
+                    os.ftruncate(self._descriptor, len(text))
             finally:
                 self._lock(fcntl.LOCK_UN, self.RECORD)
 
@@ -1983,8 +1987,9 @@ def open_output(
     for row in rows:
         if row.question_id in stored:
             about.setdefault(row.image_id, []).append(row.question_id)
-    if is_first:
-        remove_files(output_dir, everything=False)
+    if is_first and (lock.has_locks or os.environ.get("RANK", "0") == "0"):
+        if lock.has_locks:  # or others may be at work unseen
+            remove_files(output_dir, everything=False)
         update_texts(rows, stored, settings)
         check_disk(output_dir, sum(map(len, missing.values())) * sample_size, options.overwrite)
         if options.overwrite:
@@ -2086,7 +2091,10 @@ class ImageSource:
 
     def ask(self, rows: list[Row]) -> tuple[Asked | None, list[Failure]]:
         """The rows about one image as the model reads them, ready for an asynchronous copy."""
-        return self._prompter.ask(rows, self._load)
+        try:
+            return self._prompter.ask(rows, self._load)
+        except RuntimeError as error:  # of this machine's memory, say, not of the model's device
+            raise ExtractionError(f"preparing image {rows[0].image_id!r}: {error}") from error
 
     def _load(self, image_id: str) -> tuple[Tensor, str]:
         image, sha256 = open_image(self._options.images_dir, image_id)
@@ -2194,9 +2202,10 @@ class Recorder:
             self._pending.popleft().result()
 
     def finish(self) -> None:
-        """Save what there is of the parts in hand."""
+        """Save what there is of the parts in hand; of some there is nothing yet."""
         for part in dict.fromkeys(self._open.values()):
-            self._pending.append(self._thread.submit(self._finish_part, part))
+            if part.failures or part.writer.has_begun:
+                self._pending.append(self._thread.submit(self._finish_part, part))
         wait(self._pending)
         self.drain()
 
@@ -2236,6 +2245,8 @@ class Recorder:
 
     def _finish_part(self, part: OpenPart) -> None:
         """Put a part in place, with the failures of its rows, and let go of it."""
+        if self._has_failed:
+            return part.writer.discard()
         with self._explain_errors(part):
             part.writer.finish()
             failed = {failure.row.question_id for failure in part.failures}
