@@ -2250,12 +2250,11 @@ class Recorder:
         with self._explain_errors(part):
             part.writer.finish()
             failed = {failure.row.question_id for failure in part.failures}
-            path = part_path(self._options.output_dir, part.number)
-            with self._lock.record(), open_part(path) as stored:
+            with open_part(part_path(self._options.output_dir, part.number)) as stored:
+                settled = failed | set(map(urllib.parse.unquote, stored))
+            with self._lock.record():
                 update_failures(
-                    self._options.output_dir,
-                    lambda id_: id_ not in failed and group_name(id_) not in stored,
-                    part.failures,
+                    self._options.output_dir, lambda id_: id_ not in settled, part.failures
                 )
             is_done = not part.missing and not self._options.test
             self._lock.release(part.number, is_done)

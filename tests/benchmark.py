@@ -1,119 +1,136 @@
-"""How much faster than running every row by itself: ratios within one process, pair by pair.
+"""How fast the extractor is, beside what people would write with transformers alone; or on paper.
 
-    python tests/benchmark.py                                        # small random model, CPU
-    python tests/benchmark.py --size 12b --device cuda --batch-sizes 1,16,64
+    python tests/benchmark.py                                a 270M decoder, two CPU cores
+    python tests/benchmark.py --size 12b --device cuda --batch-sizes 1,16,64,256,auto
+    python tests/benchmark.py --paper                        the 12B on cards, without a card
 
-Each row of the table is a way to run a VQA data set (questions an image, answer tokens, batch
-size), images read and parts written included; its columns say how many times as fast it is as
+Random models, rows of easy-VQA, image reading and writing of files included. For every case it
+prints how many times as fast it is as
 
     forward     one bare forward pass a row (`generate` with answers): nothing captured or written
     hidden      the same with `output_hidden_states=True`
     three       the vision tower, a pass with hidden states and `generate`, one after the other
 
-and where its time goes: in the model, or waiting for images and files; beside it the share of the
-time that the threads for images and files were busy. Medians of `--pairs` pairs.
-On a card also the arithmetic that sharing leaves, as a fraction of the card's own matmul rate, and
-the card's idle time between batches.
+Answers: none; `equal`, 16 tokens each; `mixed`, as real ones are: most of 2 to 8 tokens, one in
+twelve of 100, drawn once and the same for every way. Medians of `--pairs` pairs.
+
+`--paper` runs the extractor itself on torch's meta device at the 12B's exact size and counts every
+operation. Its time is arithmetic: for each operation the largest of one launch, its FLOPs at the
+card's peak and its bytes at the card's bandwidth. Answers there are geometric, mean 30, limit 200.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import logging
+import random
 import statistics
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import easy_vqa
 import torch
+import transformers
 from conftest import MODEL, ROOT  # noqa: F401  puts the scripts on the path
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor, Gemma3Config, Gemma3ForConditionalGeneration
 
 import run_gemma3_extraction as script
 
-SMALL = {  # the decoder of Gemma 3 270M; a tower that costs about as much as its prompt
-    "text_config": {
-        "vocab_size": 262_144,
-        "hidden_size": 640,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 18,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 512,
+SIZES = {
+    "small": {  # the decoder of Gemma 3 270M; a tower that costs about as much as its prompt
+        "text_config": {
+            "vocab_size": 262_144,
+            "hidden_size": 640,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 512,
+        },
+        "vision_config": {
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
     },
-    "vision_config": {
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
+    "12b": {
+        "text_config": {
+            "vocab_size": 262_208,
+            "hidden_size": 3840,
+            "intermediate_size": 15360,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 1024,
+        },
+        "vision_config": {
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+        },
     },
 }
-SIZE_12B = {
-    "text_config": {
-        "vocab_size": 262_208,
-        "hidden_size": 3840,
-        "intermediate_size": 15360,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 1024,
-    },
-    "vision_config": {
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-    },
-}
-SIZES = {"small": SMALL, "12b": SIZE_12B}
+GREEDY = {"do_sample": False, "top_k": None, "top_p": None, "disable_compile": True}
+MIXED_LIMIT, EQUAL_LENGTH = 100, 16
 
 
 def make_model(size: str, device: torch.device, dtype: torch.dtype):
-    """A random model of a given size, made on the device."""
+    """A random model of a given size, made on the device; no token is an end to it."""
     base = Gemma3Config.from_pretrained(MODEL)
     text = {**base.text_config.to_dict(), **SIZES[size]["text_config"], "layer_types": None}
     vision = {**base.vision_config.to_dict(), **SIZES[size]["vision_config"]}
     config = Gemma3Config(
         text_config=text,
-        vision_config=vision,
+        vision_config={**vision, "vision_use_head": False},
         image_token_index=base.image_token_id,
         mm_tokens_per_image=base.mm_tokens_per_image,
     )
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
     with device:
-        model = Gemma3ForConditionalGeneration(config).eval()
-    torch.set_default_dtype(torch.float32)
+        model = Gemma3ForConditionalGeneration._from_config(config, dtype=dtype).eval()
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.02)
-    model.generation_config.eos_token_id = [-1]  # every answer takes all its tokens
+    model.generation_config.eos_token_id = [-1]
     return model
 
 
-def make_rows(num_images: int, questions_per_image: int) -> tuple[Path, list[script.Row]]:
-    """Rows of easy-VQA, each image with the same number of questions."""
+def make_rows(num_images: int, questions_per_image: int | None) -> tuple[Path, list[script.Row]]:
+    """Rows of easy-VQA; None: as many questions an image as there are, 9.7 on average."""
     questions, answers, image_ids = easy_vqa.get_train_questions()
     paths = easy_vqa.get_train_image_paths()
     counts: Counter = Counter()
     rows = []
-    for index, (question, answer, image_id) in enumerate(zip(questions, answers, image_ids)):
-        is_new = image_id not in counts
-        if (is_new and len(counts) == num_images) or counts[image_id] == questions_per_image:
-            continue
+    for question, answer, image_id in zip(questions, answers, image_ids, strict=True):
+        if image_id not in counts and len(counts) == num_images:
+            break
         counts[image_id] += 1
-        name = Path(paths[image_id]).name
-        rows.append(script.Row(index, str(index), name, question, answer))
+        if questions_per_image is None or counts[image_id] <= questions_per_image:
+            name = Path(paths[image_id]).name
+            rows.append(script.Row(len(rows), str(len(rows)), name, question, answer))
     return Path(paths[0]).parent, rows
 
 
-@dataclasses.dataclass
+def draw_lengths(answers: str, num_rows: int) -> list[int]:
+    """Answer tokens of every row."""
+    draw = random.Random(0)
+    if answers == "none":
+        return [0] * num_rows
+    if answers == "equal":
+        return [EQUAL_LENGTH] * num_rows
+    return [MIXED_LIMIT if draw.random() < 1 / 12 else draw.randint(2, 8) for _ in range(num_rows)]
+
+
+@dataclass
 class Bench:
     """A loaded model, and what it takes to run it."""
 
@@ -124,7 +141,7 @@ class Bench:
 
     def inputs(self, row: script.Row):
         """One row by the processor's own means."""
-        image = script.open_image(self.images_dir, row.image_id)
+        image, _ = script.open_image(self.images_dir, row.image_id)
         content = [{"type": "image", "image": image}, {"type": "text", "text": row.question}]
         return self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
@@ -134,121 +151,63 @@ class Bench:
             add_generation_prompt=True,
         ).to(self.device, self.model.dtype)
 
-    def generate(self, inputs, num_tokens: int, **kwargs) -> None:
-        self.model.generate(
-            **inputs,
-            max_new_tokens=num_tokens,
-            do_sample=False,
-            top_k=None,
-            top_p=None,
-            disable_compile=True,
-            **kwargs,
-        )
-
-    def forward(self, inputs, num_tokens: int) -> None:
-        if num_tokens:
-            self.generate(inputs, num_tokens)
+    def forward(self, inputs, length: int) -> None:
+        if length:
+            self.model.generate(**inputs, max_new_tokens=length, **GREEDY)
         else:
             self.model.model(**inputs)
 
-    def hidden(self, inputs, num_tokens: int) -> None:
-        if num_tokens:
+    def hidden(self, inputs, length: int) -> None:
+        if length:
             flags = {"return_dict_in_generate": True, "output_hidden_states": True}
-            self.generate(inputs, num_tokens, **flags)
+            self.model.generate(**inputs, max_new_tokens=length, **GREEDY, **flags)
         else:
             self.model(**inputs, output_hidden_states=True)
 
-    def three(self, inputs, num_tokens: int) -> None:
+    def three(self, inputs, length: int) -> None:
         self.model.model.vision_tower(inputs["pixel_values"])
         self.model(**inputs, output_hidden_states=True)
-        self.generate(inputs, max(num_tokens, 1))
+        self.model.generate(**inputs, max_new_tokens=max(length, 1), **GREEDY)
 
     @torch.inference_mode()
-    def time_rows(self, way, rows: list[script.Row], num_tokens: int) -> float:
+    def time_rows(self, way, rows: list[script.Row], lengths: list[int]) -> float:
         """Seconds a row, one row after the other."""
         start = time.perf_counter()
-        for row in rows:
-            way(self.inputs(row), num_tokens)
+        for row, length in zip(rows, lengths, strict=True):
+            way(self.inputs(row), length)
         synchronise(self.device)
         return (time.perf_counter() - start) / len(rows)
 
-    def time_ours(self, rows, num_tokens: int, batch_size: int) -> tuple[float, dict[str, float]]:
-        """Seconds a row with everything included, and the share of the time in each step."""
-        config, prompts = self.model.config, script.Prompts(self.processor)
+    def time_ours(self, rows, lengths: list[int], batch_size: int | None) -> tuple[float, int]:
+        """Seconds a row with everything included, from the plan to the last part; batch size."""
+        config, prompter = self.model.config, script.Prompter(self.processor, self.model.config)
         with tempfile.TemporaryDirectory() as directory:
             options = script.Options(
                 Path("easy_vqa"),
                 self.images_dir,
                 Path(directory),
                 dtype=str(self.model.dtype).partition(".")[2],
-                max_new_tokens=num_tokens,
+                device=str(self.device),
+                max_new_tokens=max(lengths),
                 batch_size=batch_size,
             )
-            settings = script.describe_run(options, config, prompts, rows, self.device)
+            settings = script.describe_run(options, config, prompter, rows, self.device)
             shapes = script.state_shapes(config, settings["layers"])
-            launch = script.Launch()
-            run = script.Run(
-                options,
-                settings,
-                shapes,
-                prompts,
-                self.device,
-                launch,
-                script.open_output(options, settings, shapes, rows, launch),
-                script.Progress(launch, len(rows), 0),
-                script.StopSignal(),
-            )
-            extractor = script.Extractor(
-                self.model, prompts, settings["layers"], num_tokens, self.device
-            )
-            with measure_shares() as seconds:
-                start = time.perf_counter()
-                script.work_through(run, extractor)
-                total = time.perf_counter() - start
-            run.work.lock.release()
-        return total / len(rows), {name: value / total for name, value in seconds.items()}
-
-
-@contextlib.contextmanager
-def measure_shares():
-    """Seconds spent in the pipeline's steps, by wrapping them."""
-    seconds: dict[str, float] = {}
-    steps = {
-        "model": (script, "run_batch"),
-        "(images)": (script, "prepare_image"),
-        "(files)": (script.Recorder, "record"),
-    }
-    originals = {name: getattr(*place) for name, place in steps.items()}
-    events: list[torch.cuda.Event] = []
-
-    def mark(name) -> None:
-        if name == "model" and torch.cuda.is_available():
-            events.append(torch.cuda.Event(enable_timing=True))
-            events[-1].record()
-
-    def wrap(name):
-        def timed(*args, **kwargs):
+            lock = script.OutputLock(Path(directory))
             start = time.perf_counter()
-            mark(name)
-            try:
-                return originals[name](*args, **kwargs)
-            finally:
-                mark(name)
-                seconds[name] = seconds.get(name, 0) + time.perf_counter() - start
-
-        return timed
-
-    for name, (owner, attribute) in steps.items():
-        setattr(owner, attribute, wrap(name))
-    try:
-        yield seconds
-    finally:
-        for name, (owner, attribute) in steps.items():
-            setattr(owner, attribute, originals[name])
-    if events:
-        torch.cuda.synchronize()
-        gaps = zip(events[1:-1:2], events[2::2])
-        seconds["idle"] = sum(end.elapsed_time(start) for end, start in gaps) / 1e3
+            plan = script.open_output(options, lock, settings, rows, 0)
+            recorder = script.Recorder(options, settings, prompter, shapes, lock)
+            recorder.progress = script.Progress(len(rows))
+            source = script.ImageSource(options, prompter, plan, recorder.record)
+            size = script.choose_batch_size(options, config, 274, self.device)
+            layers, limit = settings["layers"], options.max_new_tokens
+            extractor = script.Extractor(self.model, prompter, layers, limit, size)
+            extractor.has_ended = lambda live: len(live.answer) == lengths[live.prompt.row.index]
+            script.work_through(plan, lock, source, extractor, recorder)
+            seconds = time.perf_counter() - start
+            lock.leave()
+        assert recorder.progress.num_extracted == len(rows)
+        return seconds / len(rows), size
 
 
 def synchronise(device: torch.device) -> None:
@@ -256,123 +215,314 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def matmul_rate(device: torch.device, size: int = 8192) -> float:
-    """FLOP/s of a large bfloat16 product on random data."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    synchronise(device)
-    start = time.perf_counter()
-    for _ in range(10):
-        a @ b
-    synchronise(device)
-    return 10 * 2 * size**3 / (time.perf_counter() - start)
+# ──────────────────────────────────────────── measured ───────────────────────────────────────────
 
 
-def count_flop(model, prompts: script.Prompts, rows: list[script.Row]) -> float:
-    """What sharing leaves to do: each image's tower and shared tokens once, each question's own."""
-    vision = model.config.vision_config
-    tower = model.model.vision_tower
-    num_patches = (vision.image_size // vision.patch_size) ** 2
-    per_image = 2 * num_patches * sum(p.numel() for p in tower.encoder.parameters())
-    per_image += 4 * num_patches**2 * vision.hidden_size * vision.num_hidden_layers
-    per_token = 2 * sum(p.numel() for p in model.model.language_model.layers.parameters())
-    by_image: dict[str, list[int]] = {}
-    for row in rows:
-        length = len(prompts.tokenize(row.question))
-        by_image.setdefault(row.image_id, []).append(length)
-    shared = prompts.soft_stop + 1
-    tokens = sum(shared + sum(n - shared for n in lengths) for lengths in by_image.values())
-    return len(by_image) * per_image + tokens * per_token
+def measure(args: argparse.Namespace, bench: Bench) -> None:
+    """Print the table, a line a case."""
+    _, warm_up = make_rows(2, 1)
+    for way in (bench.forward, bench.hidden, bench.three):
+        bench.time_rows(way, warm_up, [1, 1])
+    bench.time_ours(warm_up, [1, 1], 2)
+    dtype = str(bench.model.dtype).partition(".")[2]
+    print(f"{args.size}, {args.device}, {dtype}, medians of {args.pairs} pairs")
+    print("questions answers  batch |      times as fast as    | seconds a row")
+    print(" an image           size |  forward   hidden  three |  ours forward")
+    for questions, answers, batch_size in itertools.product(
+        args.questions, args.answers, args.batch_sizes
+    ):
+        _, rows = make_rows(args.images if questions != 1 else 2 * args.images, questions)
+        lengths = draw_lengths(answers, len(rows))
+        step = max(1, len(rows) // args.plain_rows) if answers != "mixed" else 1
+        plain, plain_lengths = rows[::step], lengths[::step]
+        slow = [bench.time_rows(way, plain[:4], plain_lengths[:4]) for way in ways(bench, args)]
+        ratios, ours = [], []
+        for _ in range(args.pairs):
+            forward = bench.time_rows(bench.forward, plain, plain_lengths)
+            seconds, size = bench.time_ours(rows, lengths, batch_size)
+            ratios.append(forward / seconds)
+            ours.append(seconds)
+        some = bench.time_rows(bench.forward, plain[:4], plain_lengths[:4])
+        others = [one / some * statistics.median(ratios) for one in slow]
+        name = "auto" if batch_size is None else "    "
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        mean = statistics.median(ours)
+        print(
+            f"{len(rows) / len({r.image_id for r in rows}):>9.1f} {answers:<7} {size:>3} {name}|"
+            f" {statistics.median(ratios):>8.2f} {others[0]:>8.2f} {others[1]:>6.2f} |"
+            f" {mean:>5.3f}  {mean * statistics.median(ratios):>6.3f}   {spread}",
+            flush=True,
+        )
+    print(f"peak memory {script.peak_memory(args.device)}")
+
+
+def ways(bench: Bench, args: argparse.Namespace) -> list:
+    return [bench.hidden, bench.three]
+
+
+# ──────────────────────────────────────────── on paper ───────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the arithmetic takes for a card: dense bfloat16 as reached, bytes a second, a launch."""
+
+    name: str
+    peak: float  # FLOP/s
+    bandwidth: float  # bytes/s
+    memory: float  # GiB, of which the context takes half a one
+    launch: float = 7e-6  # s, of an eager operation
+
+
+CARDS = [
+    Card("H100", 790e12, 3.35e12, 79.6),
+    Card("A100 80 GB", 280e12, 2.0e12, 79.1),
+    Card("4090", 160e12, 1.0e12, 23.6),
+]
+
+
+class Meter(TorchDispatchMode):
+    """Counts operations, FLOPs, bytes, and the time that they take on each of the cards.
+
+    What gives a view or its input back is no operation; a reshape that copies is one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_ops = self.flops = self.kv_bytes = 0
+        self.seconds = dict.fromkeys(CARDS, 0.0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs, outputs = list(tensors_in([args, kwargs])), list(tensors_in(out))
+        if not any(tensor.is_meta for tensor in inputs + outputs):
+            return out
+        is_alias = all(any(torch._C._is_alias_of(o, i) for i in inputs) for o in outputs)
+        if is_alias and not func._schema.is_mutable:
+            return out
+        name = func._overloadpacket.__name__
+        flops = self.count_flops(name, args, outputs)
+        num_bytes = self.count_bytes(name, args, inputs, outputs)
+        self.num_ops += 1
+        self.flops += flops
+        for card in CARDS:
+            longest = max(card.launch, flops / card.peak, num_bytes / card.bandwidth)
+            self.seconds[card] += longest
+        return out
+
+    def count_flops(self, name: str, args, outputs) -> int:
+        if name == "linear":
+            return 2 * outputs[0].numel() * args[1].shape[1]
+        if name == "matmul":
+            return 2 * outputs[0].numel() * args[0].shape[-1]
+        if name == "conv2d":
+            return 2 * outputs[0].numel() * args[1][0].numel()
+        if name == "scaled_dot_product_attention":
+            if len(args) > 3 or args[0].shape[2] != args[1].shape[2]:
+                self.kv_bytes += size_of(args[1]) + size_of(args[2])
+            return 4 * args[0].numel() * args[1].shape[2]
+        return 0
+
+    @staticmethod
+    def count_bytes(name: str, args, inputs, outputs) -> int:
+        if name in ("index", "embedding", "index_select"):
+            return 2 * sum(map(size_of, outputs))
+        if name in ("index_put_", "index_put"):
+            return 2 * size_of(args[2])
+        if name in ("zeros", "new_zeros", "empty", "zero_", "zeros_like"):
+            return sum(map(size_of, outputs))
+        return sum(map(size_of, inputs + [o for o in outputs if not func_returns(o, inputs)]))
+
+
+def func_returns(output: torch.Tensor, inputs: list[torch.Tensor]) -> bool:
+    """Whether an output is an input written in place."""
+    return any(output is tensor for tensor in inputs)
+
+
+def tensors_in(value):
+    """All tensors in nested lists, tuples and dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def size_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+class PaperExtractor(script.Extractor):
+    """The program's own, on the meta device; answers end as their drawn lengths say."""
+
+    def __init__(self, model, prompter, limit: int, batch_size: int, meter: Meter) -> None:
+        layers = script.choose_layers(None, model.config.text_config.num_hidden_layers)
+        super().__init__(model, prompter, layers, limit, batch_size)
+        self.meter = meter
+        self.draw = random.Random(0)
+        self.prefills: list[tuple] = []  # operations, questions, FLOPs of each pass
+        self.steps: list[tuple] = []  # operations, live questions, bytes of keys and values
+
+    def has_ended(self, live) -> bool:
+        return self.draw.random() < 1 / 30
+
+    def _prefill(self, entering) -> None:
+        meter, num_questions = self.meter, sum(len(lives) for _, lives in entering)
+        num_ops, flops = meter.num_ops, meter.flops
+        super()._prefill(entering)
+        self.prefills.append((meter.num_ops - num_ops, num_questions, meter.flops - flops))
+
+    def _decode(self) -> None:
+        meter = self.meter
+        num_going = sum(bool(live.answer) for live in self._live)
+        num_ops, kv_bytes = meter.num_ops, meter.kv_bytes
+        super()._decode()
+        self.steps.append((meter.num_ops - num_ops, num_going, meter.kv_bytes - kv_bytes))
+
+
+@contextlib.contextmanager
+def nothing_read_back():
+    """What a meta tensor cannot tell is given in its place."""
+    to_host, all_finite = script.to_host, script.all_finite
+    script.to_host = lambda values: torch.ones(values.shape, dtype=values.dtype)
+    script.all_finite = lambda *tensors: True
+    try:
+        yield
+    finally:
+        script.to_host, script.all_finite = to_host, all_finite
+
+
+def ask_for_ever(prompter: script.Prompter, questions_per_image: int):
+    """Images of the meta device with easy-VQA's questions, without end."""
+    _, rows = make_rows(40, None)
+    again = itertools.cycle(rows)
+    while True:
+        rows = list(itertools.islice(again, questions_per_image))
+        prompts = [script.Prompt(row, prompter.tokenize(row.question)) for row in rows]
+        num_shared = script.count_shared([prompt.input_ids for prompt in prompts])
+        pixel_values = torch.empty(3, 896, 896, dtype=torch.bfloat16, device="meta")
+        yield script.Asked(pixel_values, "", num_shared, prompts)
+
+
+@dataclass
+class OnPaper:
+    """A case's figures."""
+
+    tflop: float  # a question, without answers
+    prefill_ops: float  # of a pass
+    step_ops: int  # of a decoding step, median
+    kv_gb: float  # keys and values read a step, median
+    occupancy: float  # of the batch, mean
+    rates: dict[Card, float]  # questions a second
+
+
+def run_on_paper(model, prompter, questions: int, batch_size: int, num_batches: int = 2) -> OnPaper:
+    """The pool in its stride: from when as many answers as the batch holds have ended."""
+    with nothing_read_back(), Meter() as meter:
+        extractor = PaperExtractor(model, prompter, 200, batch_size, meter)
+        outcomes = extractor.run(ask_for_ever(prompter, questions))
+        for _ in itertools.islice(outcomes, batch_size):
+            pass
+        before, num_steps = dict(meter.seconds), len(extractor.steps)
+        num_prefills = len(extractor.prefills)
+        num_done = num_batches * batch_size
+        for _ in itertools.islice(outcomes, num_done):
+            pass
+    steps, prefills = extractor.steps[num_steps:], extractor.prefills[num_prefills:]
+    # As many have entered as have ended, but for what the pool holds more or less.
+    return OnPaper(
+        sum(flops for _, _, flops in prefills) / sum(n for _, n, _ in prefills) / 1e12,
+        statistics.median(ops for ops, _, _ in prefills),
+        int(statistics.median(ops for ops, _, _ in steps)),
+        statistics.median(kv for _, _, kv in steps) / 1e9,
+        statistics.mean(live for _, live, _ in steps) / batch_size,
+        {card: num_done / (meter.seconds[card] - before[card]) for card in CARDS},
+    )
+
+
+def paper_batch_size(card: Card, model) -> int | None:
+    """What `--batch-size auto` chooses on a card; None where the weights do not fit."""
+    free = card.memory * 2**30 - 2**29 - model.num_parameters() * 2
+    num_slots = 274 + script.TYPICAL_QUESTION + 200
+    size = script.fit_batch_size(int(free), model.config, 2, num_slots)
+    return size if size > 1 else None
+
+
+def print_paper(processor) -> None:
+    """The table, and the line that the README quotes."""
+    model = make_model("12b", torch.device("meta"), torch.bfloat16)
+    prompter = script.Prompter(processor, model.config)
+    print("Gemma 3 12B on paper: arithmetic, not measured. Answers of mean 30 tokens, limit 200.")
+    for card in CARDS:
+        size = paper_batch_size(card, model)
+        chosen = f"--batch-size auto: {size}" if size else "too small to answer beside the weights"
+        print(
+            f"{card.name}: {card.peak / 1e12:.0f} TFLOP/s, {card.bandwidth / 1e12:.2f} TB/s, "
+            f"{card.launch * 1e6:.0f} µs a launch; {card.memory} GiB, {chosen}"
+        )
+    print("questions batch   TFLOP a   launches of a   keys, values  live   questions a second on")
+    print(
+        " an image  size  question  prefill     step   GB a step          "
+        + "  ".join(card.name for card in CARDS)
+    )
+    found = {}
+    for questions, batch_size in itertools.product([1, 10], [16, 64, 256]):
+        case = found[questions, batch_size] = run_on_paper(model, prompter, questions, batch_size)
+        print(
+            f"{questions:>9} {batch_size:>5} {case.tflop:>9.2f} {case.prefill_ops:>8.0f} "
+            f"{case.step_ops:>8} {case.kv_gb:>11.1f} {case.occupancy:>7.0%}   "
+            + "  ".join(f"{rate:>7.1f}" for rate in case.rates.values()),
+            flush=True,
+        )
+    h100 = CARDS[0]
+    size = paper_batch_size(h100, model)
+    for questions in (1, 10):
+        if (questions, size) not in found:
+            found[questions, size] = run_on_paper(model, prompter, questions, size)
+    rates = [found[questions, size].rates[h100] for questions in (1, 10)]
+    launches = max(case.step_ops for case in found.values())
+    print(
+        f"on paper, H100, default flags: {rates[0]:.0f} questions/s at 1 question an image, "
+        f"{rates[1]:.0f} at 10; {launches} launches a step"
+    )
+
+
+# ────────────────────────────────────────── command line ─────────────────────────────────────────
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-    def numbers(text: str) -> list[int]:
-        return [int(number) for number in text.split(",")]
-
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--batch-sizes", type=numbers, default=[1, 16])
-    parser.add_argument("--answers", type=numbers, default=[0, 16], help="answer tokens")
-    parser.add_argument("--questions", type=numbers, default=[1, 10], help="questions an image")
-    parser.add_argument(
-        "--rows", type=int, default=20, help="rows of ours; a quarter for 1 an image"
-    )
-    parser.add_argument("--plain-rows", type=int, default=2, help="rows of the others")
-    parser.add_argument("--pairs", type=int, default=2)
-    return parser.parse_args()
-
-
-def choose_rows(args: argparse.Namespace, questions: int) -> list[script.Row]:
-    """What ours runs: as many images as make `--rows`."""
-    return make_rows(args.rows // (questions if questions > 1 else 4), questions)[1]
-
-
-def measure(args: argparse.Namespace, bench: Bench) -> dict[tuple, dict[str, list]]:
-    """Ratios, shares and seconds a row of every case, a list with one entry a pair."""
-    _, sample = make_rows(args.plain_rows, 1)
-    for way in (bench.forward, bench.hidden, bench.three):
-        bench.time_rows(way, sample[:1], 1)
-    bench.time_ours(sample, 1, 2)
-    found: dict[tuple, dict[str, list]] = {}
-    for _ in range(args.pairs):
-        for answers in args.answers:
-            slow = [bench.time_rows(way, sample, answers) for way in (bench.hidden, bench.three)]
-            for questions, batch_size in itertools.product(args.questions, args.batch_sizes):
-                plain = [bench.time_rows(bench.forward, sample, answers), *slow]
-                rows = choose_rows(args, questions)
-                ours, shares = bench.time_ours(rows, answers, batch_size)
-                case = found.setdefault((questions, answers, batch_size), {})
-                case.setdefault("ratios", []).append([other / ours for other in plain])
-                case.setdefault("shares", []).append(shares)
-                case.setdefault("seconds", []).append(ours)
-    return found
-
-
-def report(args: argparse.Namespace, bench: Bench, found: dict[tuple, dict[str, list]]) -> None:
-    """Print the table."""
-    median = statistics.median
-    print(f"{args.size}, {args.device.type}, {bench.model.dtype}, medians of {args.pairs} pairs")
-    print("questions answer batch |   times as fast as    |  share of the time        threads")
-    print(" an image tokens  size | forward hidden  three | model waiting  images files")
-    for (questions, answers, batch_size), case in sorted(found.items()):
-        ratios = [median(column) for column in zip(*case["ratios"])]
-        share = {k: median(shares[k] for shares in case["shares"]) for k in case["shares"][0]}
-        print(
-            f"{questions:>9} {answers:>6} {batch_size:>5} | {ratios[0]:>7.2f} {ratios[1]:>6.2f} "
-            f"{ratios[2]:>6.2f} | {share['model']:>5.0%} {1 - share['model']:>7.0%} "
-            f" {share['(images)']:>6.0%} {share['(files)']:>5.0%}"
-        )
-    print(f"peak memory {script.peak_memory(args.device)}")
-    if args.device.type != "cuda":
-        return
-    rate, prompts = matmul_rate(args.device), script.Prompts(bench.processor)
-    for (questions, answers, batch_size), case in sorted(found.items()):
-        rows = choose_rows(args, questions)
-        flop = count_flop(bench.model, prompts, rows) / len(rows)
-        idle = median(shares["idle"] for shares in case["shares"])
-        print(
-            f"questions {questions}, answer {answers}, batch {batch_size}: idle between batches "
-            f"{idle:.1%}, {flop / median(case['seconds']) / rate:.0%} of {rate / 1e12:.0f} TFLOP/s"
-            + (" (answers not counted)" if answers else "")
-        )
+    add = parser.add_argument
+    add("--paper", action="store_true", help="count operations instead of measuring")
+    add("--size", choices=SIZES, default="small")
+    add("--device", type=torch.device, default=torch.device("cpu"))
+    add("--batch-sizes", default="auto", help="comma-separated")
+    add("--answers", default="none,equal,mixed", help="none, equal, mixed")
+    add("--questions", default="all,1", help="questions an image; all: easy-VQA's 9.7")
+    add("--images", type=int, default=10, help="images of ours; twice as many for 1 an image")
+    add("--plain-rows", type=int, default=12, help="rows of the others, but for mixed answers")
+    add("--pairs", type=int, default=3)
+    args = parser.parse_args()
+    args.batch_sizes = [None if w == "auto" else int(w) for w in args.batch_sizes.split(",")]
+    args.questions = [None if w == "all" else int(w) for w in args.questions.split(",")]
+    args.answers = args.answers.split(",")
+    return args
 
 
 def main() -> None:
     args = parse_args()
     logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    processor = AutoProcessor.from_pretrained(MODEL, backend="pil")
+    if args.paper:
+        return print_paper(processor)
     dtype = torch.float32 if args.device.type == "cpu" else torch.bfloat16
-    bench = Bench(
-        make_model(args.size, args.device, dtype),
-        AutoProcessor.from_pretrained(MODEL, backend="pil"),
-        args.device,
-        images_dir=make_rows(1, 1)[0],
-    )
-    report(args, bench, measure(args, bench))
+    model = make_model(args.size, args.device, dtype)
+    measure(args, Bench(model, processor, args.device, make_rows(1, 1)[0]))
 
 
 if __name__ == "__main__":
