@@ -28,7 +28,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import easy_vqa

@@ -2,17 +2,22 @@
 
 import csv
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import zlib
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import CSV, IMAGES, MODEL, ROOT
-from make_large_parts import write_parts
+from make_large_parts import checksum, write_parts
 
 import inspect_h5
 
@@ -21,6 +26,7 @@ KINDS = ("vision_token_representation", "query_token_representation", "multimoda
 NAMES = ["vision_representation", *(f"{kind}/layer_{i}" for kind in KINDS for i in LAYERS)]
 QUERY = "query_token_representation/layer_4"
 LINK = "vision_only_representation"
+LOGPROBS = "answer_logprobs"
 PART = "gemma3_12b_embeddings_part_{:03d}.h5"
 
 
@@ -183,13 +189,11 @@ def test_a_sample_of_many_is_drawn_unless_all(run_dir, capsys, monkeypatch):
 
 
 def test_types_in_the_file_are_named(tmp_path, capsys):
-    bfloat16 = h5py.h5t.IEEE_F32LE.copy()
-    bfloat16.set_fields(15, 7, 8, 0, 7)
-    bfloat16.set_size(2)
-    bfloat16.set_ebias(127)
     with h5py.File(tmp_path / "types.h5", "w") as file:
         space = h5py.h5s.create_simple((4,))
-        h5py.h5d.create(file.id, b"a", bfloat16, space).write(space, space, np.ones(4, np.float32))
+        h5py.h5d.create(file.id, b"a", bfloat16_type(), space).write(
+            space, space, np.ones(4, np.float32)
+        )
         file.create_dataset("b", data=np.ones(4, np.float16), compression="gzip")
     with h5py.File(tmp_path / "types.h5") as file:
         tree = inspect_h5.describe_sample(file, ["a", "b"])
@@ -319,7 +323,8 @@ def test_vision_may_be_the_same_where_the_image_is(output, capsys):
             del group["image_id"]
             group.create_dataset("image_id", data="one.png", dtype=h5py.string_dtype())
             group["vision_representation"][...] = np.arange(24)
-    assert call(capsys, output / PART.format(1), "--verify")[0] == 0
+    out = call(capsys, output / PART.format(1), "--verify")[1]
+    assert "the same in all" not in out
 
 
 def test_verify_compares_with_the_csv(run_dir, tmp_path, capsys):
@@ -332,7 +337,8 @@ def test_verify_compares_with_the_csv(run_dir, tmp_path, capsys):
     ids, lines = list(table["question_id"]), out.splitlines()
     expected = {"question is": ids[0], "ground_truth_answer is": ids[1], "image_id is": ids[2]}
     expected |= {"not in the parts": "gone", "but not here": ids[3]}
-    assert len(lines) == 5
+    assert len(lines) == 6
+    assert any("row is another here (8: " in line for line in lines)  # all behind the one dropped
     for problem, question_id in expected.items():
         assert any(problem in line and f"(1: {question_id!r})" in line for line in lines)
 
@@ -404,11 +410,24 @@ def test_csv_holds_the_texts(run_dir, tmp_path, capsys):
 
 def test_parts_of_two_runs_are_not_mixed(output, tmp_path, capsys):
     with h5py.File(output / PART.format(2), "r+") as file:
-        file.attrs["model_name"] = "another"
+        file.attrs["model_revision"] = "another"
     status, _, err = call(capsys, output, "--export", tmp_path / "x.npz")
     assert (status, len(err.splitlines())) == (1, 1)
-    assert "model_name is 'another'" in err
+    assert "model_revision is 'another'" in err
     assert not list(tmp_path.glob("x*"))
+
+
+def test_one_model_by_two_paths_on_two_cards_is_one_run(output, capsys):
+    with h5py.File(output / PART.format(2), "r+") as file:
+        file.attrs.update(
+            {"model_name": "elsewhere/gemma", "device_name": "A", "cuda_version": "9"}
+        )
+    assert call(capsys, output)[0] == 0
+    assert call(capsys, output, "--verify")[:2] == (0, "nothing wrong with 12 samples\n")
+    for number in (1, 2, 3):
+        with h5py.File(output / PART.format(number), "r+") as file:
+            file.attrs["model_revision"] = "main"  # by which nobody knows the weights
+    assert "model_name is 'elsewhere/gemma'" in call(capsys, output, "--verify")[1]
 
 
 def test_a_broken_vector_leaves_no_half_file(output, tmp_path, capsys):
@@ -443,7 +462,7 @@ def test_parts_stand_as_they_are_given_and_those_of_a_directory_by_number(output
     shutil.copy(part, output / PART.format(1000))
     shutil.copy(part, output / PART.format(999))
     paths = [output / PART.format(3), part, output]
-    names = [path.name for path in inspect_h5.scan_parts(paths, is_strict=False)[0]]
+    names = [path.name for path in inspect_h5.scan_parts(paths)[0]]
     assert names == [PART.format(k) for k in (3, 2, 1, 999, 1000)]
 
 
@@ -685,61 +704,412 @@ def test_a_part_without_samples(output, capsys):
 # Parts that are stored otherwise
 
 
+MADE = [0, 12, 47]  # layers of parts that a script writes
+MADE_NAMES = [NAMES[0], *(f"{kind}/layer_{i}" for kind in KINDS for i in MADE)]
+LATE = "query_token_representation/layer_47"
+
+
+def stored_made(directory):
+    """Every vector of parts that a script wrote, as h5py gives it."""
+    samples = []
+    for path in sorted(directory.glob("*.h5")):
+        with h5py.File(path) as file:
+            samples += [{n: group[n][()] for n in MADE_NAMES} for group in file.values()]
+    return samples
+
+
+def bfloat16_type():
+    bfloat16 = h5py.h5t.IEEE_F32LE.copy()
+    bfloat16.set_fields(15, 7, 8, 0, 7)
+    bfloat16.set_size(2)
+    bfloat16.set_ebias(127)
+    return bfloat16
+
+
+def store_otherwise(group, storage):
+    """Write a sample's vectors anew: compressed, or all but the means in bfloat16."""
+    read_back = {LOGPROBS: group[LOGPROBS][()]}
+    for name in MADE_NAMES:
+        values = group[name][()]
+        del group[name]
+        if storage == "bfloat16" and "multimodal" not in name:
+            space = h5py.h5s.create_simple(values.shape)
+            dataset = h5py.h5d.create(group.id, name.encode(), bfloat16_type(), space)
+            dataset.write(space, space, values)
+        else:
+            compression = None if storage == "bfloat16" else storage
+            group.create_dataset(name, data=values, compression=compression)
+        read_back[name] = group[name][()]
+    group.attrs["crc32"] = checksum(read_back)
+
+
 STORAGES = {
-    ("--compression", "gzip"): ("float32 [32] gzip", "float32 [32] gzip"),
-    ("--compression", "lzf"): ("float32 [32] lzf", "float32 [32] lzf"),
-    ("--storage-dtype", "bfloat16"): ("bfloat16 [32]", "float32 [32]"),
+    "gzip": ("float32 [3840] gzip", "float32 [3840] gzip"),
+    "lzf": ("float32 [3840] lzf", "float32 [3840] lzf"),
+    "bfloat16": ("bfloat16 [3840]", "float32 [3840]"),
 }
 
 
-@pytest.fixture(scope="module", params=STORAGES, ids="-".join)
-def stored_otherwise(request, run_script, tmp_path_factory):
-    """The flags, and the parts that the extractor writes with them."""
+@pytest.fixture(scope="module", params=STORAGES)
+def stored_otherwise(request, tmp_path_factory):
+    """The storage, and parts in it."""
     directory = tmp_path_factory.mktemp("storage")
-    with open(CSV, encoding="utf-8", newline="") as file:
-        header, *rows = csv.reader(file)
-    with open(directory / "vqa.csv", "w", encoding="utf-8", newline="") as file:
-        rows = [row for row in rows if row[1] in ("circle.png", "tall.jpeg")]
-        csv.writer(file).writerows([header, *rows])
-    flags = [*request.param, "--vqa-dataset", directory / "vqa.csv", "--max-new-tokens", 0]
-    done = run_script(directory / "output", *flags, "--checkpoint-interval", 5)
-    assert done.returncode == 0, done.stderr
+    write_parts(directory / "output", 8, MADE, interval=5)
+    for path in (directory / "output").glob("*.h5"):
+        with h5py.File(path, "r+") as file:
+            for group in file.values():
+                store_otherwise(group, request.param)
     return request.param, directory
 
 
 def test_view_and_verify_of_parts_stored_otherwise(stored_otherwise, capsys):
-    flags, directory = stored_otherwise
+    storage, directory = stored_otherwise
     status, out, err = call(capsys, directory / "output")
     lines = out[: out.index("figures of")].splitlines()
-    tree = dict(re.split(r"  +", line) for line in lines if "layer_4 " in line)
+    tree = dict(re.split(r"  +", line) for line in lines if "layer_47 " in line)
     assert (status, err) == (0, "")
-    assert (tree[QUERY], tree[f"{KINDS[2]}/layer_4"]) == STORAGES[flags]
-    args = (directory / "output", "--verify", "--vqa-dataset", directory / "vqa.csv")
-    assert call(capsys, *args) == (0, "nothing wrong with 8 samples\n", "")
+    assert (tree[LATE], tree[f"{KINDS[2]}/layer_47"]) == STORAGES[storage]
+    assert call(capsys, directory / "output", "--verify")[:2] == (
+        0,
+        "nothing wrong with 8 samples\n",
+    )
 
 
 def test_verify_of_parts_stored_otherwise_finds_a_value(stored_otherwise, tmp_path, capsys):
     output = shutil.copytree(stored_otherwise[1] / "output", tmp_path / "output")
     with h5py.File(output / PART.format(1), "r+") as file:
-        file["000"][QUERY][3] = np.inf
+        file["000000"][LATE][3] = np.inf
     status, out, _ = call(capsys, output, "--verify")
-    assert (status, len(out.splitlines())) == (1, 1)
-    assert f"{QUERY}: not finite (1: '000')" in out
+    assert (status, len(out.splitlines())) == (1, 2)
+    assert f"{LATE}: not finite (1: '000000')" in out
+    assert "crc32 is not that of the vectors (1: '000000')" in out
 
 
 def test_export_and_load_of_parts_stored_otherwise(stored_otherwise, tmp_path, capsys):
-    flags, directory = stored_otherwise
-    samples = stored(directory / "output")
+    storage, directory = stored_otherwise
+    samples = stored_made(directory / "output")
     assert call(capsys, directory / "output", "--export", tmp_path / "all.npz")[0] == 0
     with np.load(tmp_path / "all.npz") as file:
-        for name in NAMES:
+        for name in MADE_NAMES:
             assert file[name].dtype == np.float32
             np.testing.assert_array_equal(file[name], [sample[name] for sample in samples])
-        is_short = not (file[QUERY].view(np.uint32) & 0xFFFF).any()  # all is in bfloat16's 16 bits
-        assert is_short == ("bfloat16" in flags)
-    table, matrix = inspect_h5.load_embeddings(directory / "output", KINDS[1], 4)
-    assert list(table["question_id"]) == [sample["question_id"] for sample in samples]
-    np.testing.assert_array_equal(matrix, [sample[QUERY] for sample in samples])
+        is_short = not (file[LATE].view(np.uint32) & 0xFFFF).any()  # all is in bfloat16's 16 bits
+        assert is_short == (storage == "bfloat16")
+    table, matrix = inspect_h5.load_embeddings(directory / "output", KINDS[1], 47)
+    assert list(table["question_id"]) == [f"{row:06d}" for row in range(8)]
+    np.testing.assert_array_equal(matrix, [sample[LATE] for sample in samples])
+
+
+# Schema versions 1 and 2
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Schema version 2: 12 samples about 2 images in parts of 7, and their CSV."""
+    directory = tmp_path_factory.mktemp("made")
+    write_parts(directory / "output", 12, MADE, interval=7)
+    table, _ = inspect_h5.load_embeddings(directory / "output", NAMES[0])
+    table = table[["question_id", "image_id", "question", "ground_truth_answer"]]
+    table.rename(columns={"ground_truth_answer": "answer"}).to_csv(
+        directory / "vqa.csv", index=False
+    )
+    return directory
+
+
+@pytest.fixture
+def made_output(made, tmp_path):
+    """A copy to destroy."""
+    return shutil.copytree(made / "output", tmp_path / "output")
+
+
+def test_the_checksum_is_the_documented_one(made):
+    with h5py.File(made / "output" / PART.format(1)) as file:
+        group, floats = file["000000"], {}
+
+        def collect(name, item):
+            if isinstance(item, h5py.Dataset) and item.dtype.kind == "f":
+                floats[name] = item[()]
+
+        group.visititems(collect)  # which does not follow the soft link
+        data = b"".join(floats[name].tobytes() for name in sorted(floats))
+        assert len(floats) == 2 + 3 * len(MADE)
+        assert group.attrs["crc32"] == zlib.crc32(data)
+
+
+def test_a_bit_that_turned_is_found(made_output, capsys):
+    with h5py.File(made_output / PART.format(1), "r+") as file:
+        vector = file["000003"][LATE]
+        bits = vector[()].view(np.uint32)
+        bits[100] ^= 1
+        vector[...] = bits.view(np.float32)
+    status, out, _ = call(capsys, made_output, "--verify")
+    assert (status, len(out.splitlines())) == (1, 1)
+    assert "crc32 is not that of the vectors (1: '000003')" in out
+
+
+def attribute(name, value):
+    """Another value in the first sample; None takes it away."""
+
+    def change(file):
+        if value is None:
+            del file["000000"].attrs[name]
+        else:
+            file["000000"].attrs[name] = value
+
+    return change
+
+
+def logprobs(values):
+    """Other log-probabilities in the first sample, and the checksum of them."""
+
+    def change(file):
+        group = file["000000"]
+        del group[LOGPROBS]
+        if values is not None:
+            group[LOGPROBS] = np.array(values, np.float32)
+            vectors = {name: group[name][()] for name in [LOGPROBS, *MADE_NAMES]}
+            group.attrs["crc32"] = checksum(vectors)
+
+    return change
+
+
+MADE_DEFECTS = {
+    "no checksum": (attribute("crc32", None), "crc32 is missing .1: '000000'"),
+    "no hash": (attribute("image_sha256", None), "image_sha256 is missing .1: '000000'"),
+    "no entropy": (attribute("first_token_entropy", None), "entropy is missing .1: '000000'"),
+    "entropy": (attribute("first_token_entropy", np.nan), "entropy is nan .1: '000000'"),
+    "another picture": (
+        attribute("image_sha256", "0" * 64),
+        r"image_id '0.jpg': its file changed between samples \(10: '000000'",
+    ),
+    "no log-probabilities": (logprobs(None), f"answer_logprobs: .*'{'0' * 6}'"),
+    "one too few": (logprobs([-1] * 4), "4 of them, not 5 .1: '000000'"),
+    "one too many": (logprobs([-1] * 6), "6 of them, not 5 .1: '000000'"),
+    "a positive one": (logprobs([-1] * 4 + [0.1]), "answer_logprobs: above 0 .1: '000000'"),
+    "one not finite": (logprobs([-1] * 4 + [-np.inf]), "answer_logprobs: not finite .1: '000"),
+    "an answer cut": (attribute("answer_truncated", True), "5 of them, not 4 .1: '000000'"),
+}
+
+
+@pytest.mark.parametrize("defect", MADE_DEFECTS)
+def test_verify_finds_in_schema_2(made_output, capsys, defect):
+    change, finding = MADE_DEFECTS[defect]
+    with h5py.File(made_output / PART.format(1), "r+") as file:
+        change(file)
+    status, out, err = call(capsys, made_output, "--verify")
+    assert (status, err, len(out.splitlines())) == (1, "", 1)
+    assert re.search(finding, out)
+
+
+def test_an_answer_cut_at_the_limit_has_no_end_token(made_output, capsys):
+    with h5py.File(made_output / PART.format(1), "r+") as file:
+        logprobs([-1] * 4)(file)
+        attribute("answer_truncated", True)(file)
+    assert call(capsys, made_output, "--verify")[0] == 0
+
+
+def test_an_image_is_followed_through_all_parts(made_output, capsys):
+    """Samples 0 to 6 stand in part 1; 7 to 9, about the same image, in part 2."""
+    with h5py.File(made_output / PART.format(2), "r+") as file:
+        for name in ("000007", "000008", "000009"):
+            file[name].attrs["image_sha256"] = "1" * 64
+    status, out, _ = call(capsys, made_output, "--verify")
+    assert (status, len(out.splitlines())) == (1, 1)
+    assert "image_id '0.jpg'" in out
+
+
+def test_verify_compares_the_rows_with_the_csv(made, made_output, tmp_path, capsys):
+    assert call(capsys, made / "output", "--verify", "--vqa-dataset", made / "vqa.csv")[0] == 0
+    lines = (made / "vqa.csv").read_text().splitlines()
+    swapped = [*lines[:5], lines[6], lines[5], *lines[7:]]
+    (tmp_path / "swapped.csv").write_text("\n".join(swapped))
+    args = (made / "output", "--verify", "--vqa-dataset", tmp_path / "swapped.csv")
+    status, out, _ = call(capsys, *args)
+    assert (status, len(out.splitlines())) == (1, 1)
+    assert "row is another here (2: '000004', '000005')" in out
+
+
+def test_schema_1_is_read_as_before(tmp_path, capsys):
+    write_parts(tmp_path, 12, MADE, interval=7, schema_version=1)
+    assert call(capsys, tmp_path, "--verify")[:2] == (0, "nothing wrong with 12 samples\n")
+    assert LOGPROBS not in call(capsys, tmp_path)[1]
+    table, _ = inspect_h5.load_embeddings(tmp_path, NAMES[0])
+    assert list(table) == [
+        "question_id", *inspect_h5.TEXTS, *inspect_h5.COUNTS, "answer_truncated"
+    ]  # fmt: skip
+
+
+def test_schema_2_without_answers_has_no_log_probabilities(made_output, capsys):
+    for path in made_output.glob("*.h5"):
+        with h5py.File(path, "r+") as file:
+            file.attrs["max_new_tokens"] = 0
+            for group in file.values():
+                del group[LOGPROBS], group.attrs["first_token_entropy"]
+                group.attrs["crc32"] = checksum({name: group[name][()] for name in MADE_NAMES})
+    assert call(capsys, made_output, "--verify")[:2] == (0, "nothing wrong with 12 samples\n")
+
+
+def test_schema_2_is_shown_and_loaded(made, capsys):
+    out = call(capsys, made / "output")[1]
+    assert re.search(r"^answer_logprobs +float32 \[5\]$", out, re.MULTILINE)
+    args = (made / "output", "--question-id", "000002", "--json")
+    (sample,) = json.loads(call(capsys, *args)[1])["samples"]
+    table, _ = inspect_h5.load_embeddings(made / "output", NAMES[0])
+    with h5py.File(made / "output" / PART.format(1)) as file:
+        group = file["000002"]
+        np.testing.assert_allclose(sample[LOGPROBS], group[LOGPROBS], atol=1e-9)
+        np.testing.assert_array_equal(table[LOGPROBS][2], group[LOGPROBS])
+        for name in ("first_token_entropy", "image_sha256"):
+            assert table[name][2] == group.attrs[name]
+
+
+def test_parts_of_two_schemas_are_not_mixed(made_output, capsys):
+    with h5py.File(made_output / PART.format(2), "r+") as file:
+        file.attrs["schema_version"] = 1
+    status, _, err = call(capsys, made_output)
+    assert (status, len(err.splitlines())) == (1, 1)
+    assert "schema_version is 1, not 2" in err
+
+
+# failed_samples.csv as people leave it
+
+HEADER = b"question_id,image_id,error\n"
+LISTS = {
+    "as it was": (HEADER + b"a,a.png,gone\nb,b.png,gone\n", 2),
+    "nothing": (HEADER, 0),
+    "empty lines": (HEADER + b"a,a.png,gone\n\n\n", 1),
+    "Latin-1": (HEADER + b"a,a.png,caf\xe9\n", 1),
+    "a mark": (b"\xef\xbb\xbf" + HEADER + b"a,a.png,gone\n", 1),
+    "NUL": (HEADER + b"a,a\x00.png,gone\n", 1),
+    "fields": (HEADER + b"a\nb,b.png,gone,long ago\n", 2),
+    "another column": (b"question_id,why\na,gone\n", 1),
+    "twice": (HEADER + b"a,a.png,gone\na,a.png,gone\n", 2),
+    "no id": (b"id,error\na,gone\n", None),
+    "empty": (b"", None),
+    "a quote": (HEADER + b'a,"a.png,gone\nb,b.png,gone\n', None),
+    "UTF-16": ("question_id,error\na,gone\n".encode("utf-16"), None),
+}
+
+
+@pytest.mark.parametrize("case", LISTS)
+def test_a_list_of_failures_that_somebody_edited_spoils_no_view(made_output, capsys, case):
+    content, count = LISTS[case]
+    (made_output / "failed_samples.csv").write_bytes(content)
+    status, out, err = call(capsys, made_output)
+    facts = json.loads(call(capsys, made_output, "--json")[1])
+    assert (status, err) == (0, "")
+    assert f"failed: {count or 0}\n" in out
+    assert ("failed_samples.csv cannot be read" in out) == (count is None)
+    assert (facts["num_failed"], len(facts["unreadable"])) == (count or 0, int(count is None))
+
+
+def test_a_directory_in_place_of_the_list_spoils_no_view(made_output, capsys):
+    (made_output / "failed_samples.csv").mkdir()
+    status, out, _ = call(capsys, made_output)
+    assert status == 0
+    assert "failed_samples.csv cannot be read" in out
+
+
+# All 48 layers
+
+
+@pytest.fixture(scope="module")
+def all_layers(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("all")
+    write_parts(directory, 4, list(range(48)))
+    return directory
+
+
+def test_the_view_of_all_layers_fits_a_screen(all_layers, capsys):
+    status, out, _ = call(capsys, all_layers)
+    tree = dict(re.split(r"  +", line) for line in out.splitlines() if "layer_{0..47}" in line)
+    assert status == 0
+    assert tree == {f"{kind}/layer_{{0..47}}": "float32 [3840]" for kind in KINDS}
+    assert "figures of 4 samples; layers 0, 12, 24, 36, 47 of 48; --layer I for another" in out
+    names = [line.split()[0] for line in out[out.index("mean L2") :].splitlines()[1:17]]
+    assert names == [
+        NAMES[0],
+        *(f"{kind}/layer_{i}" for kind in KINDS for i in (0, 12, 24, 36, 47)),
+    ]
+    assert len(out.splitlines()) < 75
+    assert max(map(len, out.splitlines()[1:])) <= 80
+
+
+def test_layers_with_gaps_are_a_range_too():
+    names = inspect_h5.fold_layers(["a/layer_1", *(f"b/layer_{i}" for i in range(0, 48, 2))])
+    assert list(names) == ["a/layer_1", "b/layer_{0,2,..,46}"]
+
+
+def test_json_holds_all_layers_and_a_layer_is_shown_on_its_own(all_layers, capsys):
+    facts = json.loads(call(capsys, all_layers, "--json")[1])
+    assert len(facts["figures"]) == 1 + 3 * 48
+    out = call(capsys, all_layers, "--layer", 31)[1]
+    assert all(f"{kind}/layer_31" in out[out.index("mean L2") :] for kind in KINDS)
+
+
+def test_plot_of_all_layers_picks_five_and_says_so(all_layers, tmp_path, capsys):
+    out = call(capsys, all_layers, "--plot", tmp_path / "x.png")[1]
+    assert "16 panels of 4 of 4 samples; layers 0, 12, 24, 36, 47 of 48; --layer I for" in out
+    out = call(capsys, all_layers, "--plot", tmp_path / "x.png", "--layer", 31)[1]
+    assert "3 panels of 4 of 4 samples\n" in out
+
+
+def test_export_of_one_layer_of_all(all_layers, tmp_path, capsys):
+    args = (all_layers, "--export", tmp_path / "x.npz", "--layer", 31)
+    assert call(capsys, *args)[0] == 0
+    with np.load(tmp_path / "x.npz") as file:
+        assert {f"{kind}/layer_31" for kind in KINDS} < set(file)
+
+
+# How it ends
+
+
+def has_set_its_signals(pid):
+    """Whether the script's first lines have run: Python alone ignores SIGPIPE."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (ignored,) = (int(line.split()[1], 16) >> 12 & 1 for line in lines if "SigIgn" in line)
+    (caught,) = (int(line.split()[1], 16) >> 1 & 1 for line in lines if "SigCgt" in line)
+    return bool(caught and not ignored)
+
+
+def wait_until(condition, *args):
+    for _ in range(2000):
+        if condition(*args):
+            return
+        time.sleep(0.01)
+    raise TimeoutError(condition.__name__)
+
+
+def is_read(fifo):
+    """Whether a process waits for what is written into it."""
+    try:
+        is_read.end = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("moment", ["importing", "working"])
+def test_ctrl_c_is_quiet(made, tmp_path, moment):
+    os.mkfifo(tmp_path / "vqa.csv")
+    flags = [made / "output", "--verify", "--vqa-dataset", tmp_path / "vqa.csv"]
+    command = [sys.executable, ROOT / "inspect_h5.py", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if moment == "importing":
+        wait_until(has_set_its_signals, process.pid)
+    else:
+        wait_until(is_read, tmp_path / "vqa.csv")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == (b"", b"")
+    assert process.returncode == 130
+
+
+def test_a_full_disk_is_one_line(made):
+    command = f"{sys.executable} {ROOT}/inspect_h5.py {made}/output --verify > /dev/full"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=env)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "No space left" in done.stderr
 
 
 # Readers of others, and sizes
@@ -760,7 +1130,10 @@ def test_halp_probe_scripts_can_read_the_parts(run_dir):
 
 
 def test_synthetic_parts_are_like_the_real_ones(run_dir, tmp_path, capsys):
-    write_parts(tmp_path / "large", 12, [0, 12, 24, 36, 47], interval=7)
+    with h5py.File(run_dir / "output" / PART.format(1)) as file:
+        version = int(file.attrs["schema_version"])
+    layers = [0, 12, 24, 36, 47]
+    write_parts(tmp_path / "large", 12, layers, interval=7, schema_version=version)
     assert call(capsys, tmp_path / "large", "--verify")[::2] == (0, "")
     real, synthetic = (
         h5py.File(directory / PART.format(1))

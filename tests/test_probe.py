@@ -1,0 +1,651 @@
+"""inspect_h5.py --probe: states whose AUROC is known, and scikit-learn by another path."""
+
+import contextlib
+import io
+import json
+import math
+import sys
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import (
+    GridSearchCV,
+    KFold,
+    PredefinedSplit,
+    StratifiedGroupKFold,
+    cross_val_score,
+)
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import inspect_h5
+
+VISION = "vision_representation"
+KINDS = ("vision_token_representation", "query_token_representation", "multimodal_representation")
+QUERY = "query_token_representation/layer_3"
+SHIFT = 1.5  # between the classes in QUERY, in standard deviations
+CLOSED_FORM = 0.5 * (1 + math.erf(SHIFT / 2))  # Phi(d / sqrt(2)), both classes Gaussian
+NUM_IMAGES, NUM_QUESTIONS = 100, 6
+MEANS = ("mean answer log-probability", "least answer log-probability")
+
+
+def write_run(directory, table, states, schema_version=2, max_new_tokens=20):
+    """One part: a row of the table is a sample, `states` are matrices by data set."""
+    directory.mkdir(parents=True, exist_ok=True)
+    layers = sorted({int(name.rpartition("_")[2]) for name in states if "/" in name})
+    with h5py.File(directory / "gemma3_12b_embeddings_part_001.h5", "w") as file:
+        widths = {name: matrix.shape[1] for name, matrix in states.items()}
+        hidden_size = next(width for name, width in widths.items() if "/" in name)
+        file.attrs.update({"layers": layers, "hidden_size": hidden_size, "num_samples": len(table)})
+        file.attrs.update({"vision_hidden_size": widths[VISION], "max_new_tokens": max_new_tokens})
+        file.attrs.update({"schema_version": schema_version})
+        for row, sample in enumerate(table.to_dict("records")):
+            group = file.create_group(sample["question_id"])
+            for name in ("image_id", "question", "answer", "ground_truth_answer"):
+                group.create_dataset(name, data=sample[name], dtype=h5py.string_dtype())
+            group.attrs.update({"question_id": sample["question_id"], "row": row})
+            group.attrs.update({"answer_truncated": False, "num_prompt_tokens": 9})
+            group.attrs.update({"num_answer_tokens": sample.get("num_answer_tokens", 2)})
+            if schema_version == 2:
+                sha = sample.get("image_sha256", f"hash of {sample['image_id']}")
+                group.attrs["image_sha256"] = sha
+            if schema_version == 2 and max_new_tokens:
+                group["answer_logprobs"] = np.array(sample["logprobs"], np.float32)
+                group.attrs["first_token_entropy"] = np.float32(sample["entropy"])
+            for name, matrix in states.items():
+                group[name] = matrix[row].astype(np.float32)
+
+
+def make_table(labels, rng):
+    """Samples in groups of NUM_QUESTIONS about an image, with all that a sample needs."""
+    count = len(labels)
+    table = pd.DataFrame({"question_id": [f"q{row:04d}" for row in range(count)]})
+    table["image_id"] = [f"{row // NUM_QUESTIONS}.png" for row in range(count)]
+    table["question"] = rng.choice(["what is this?", "how many are there?", "where is it?"], count)
+    table["ground_truth_answer"] = "red"
+    table["answer"] = np.where(labels, "It is blue.", "It is red.")
+    table["entropy"] = rng.random(count)
+    doubt = rng.exponential(1, (count, 3)) + np.outer(labels, [0, 2, 0])
+    table["logprobs"] = list(-doubt)
+    return table
+
+
+def make_states(labels, rng, width=12):
+    """The label is readable from QUERY with AUROC Phi(d / sqrt 2); VISION names the image."""
+    count = len(labels)
+    images = np.repeat(np.arange(count // NUM_QUESTIONS), NUM_QUESTIONS)
+    codes = rng.standard_normal((count // NUM_QUESTIONS, 128))
+    states = {VISION: codes[images]}
+    for kind in KINDS:
+        for layer in (0, 3):
+            states[f"{kind}/layer_{layer}"] = rng.standard_normal((count, width))
+    direction = rng.standard_normal(width)
+    states[QUERY] += np.outer(labels, SHIFT * direction / np.linalg.norm(direction))
+    return states
+
+
+def make_labels(rng, num_images=NUM_IMAGES):
+    """In some images nearly all answers are wrong, in others nearly none."""
+    shares = rng.choice([0.1, 0.9], num_images)
+    return rng.random(num_images * NUM_QUESTIONS) < np.repeat(shares, NUM_QUESTIONS)
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    """A directory of parts, and the labels of their samples."""
+    directory, rng = tmp_path_factory.mktemp("known"), np.random.default_rng(5)
+    labels = make_labels(rng)
+    write_run(directory, make_table(labels, rng), make_states(labels, rng))
+    return directory, labels
+
+
+@pytest.fixture(scope="module")
+def facts(known):
+    """What `--json` says of it, once for all tests."""
+    return run_json(known[0], "--probe", "answer_is_wrong")
+
+
+@pytest.fixture(autouse=True)
+def one_shuffle(request, monkeypatch):
+    """Where the control is not what is tested, once is enough."""
+    if "shuffle" not in request.node.name:
+        monkeypatch.setattr(inspect_h5, "NUM_SHUFFLES", 1)
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """60 samples about 10 images, quickly probed."""
+    monkeypatch.setattr(inspect_h5, "NUM_FOLDS", 3)
+    rng = np.random.default_rng(3)
+    labels = np.arange(60) % 3 == 0
+    table = make_table(labels, rng)
+    states = make_states(labels, rng, width=4)
+    write_run(tmp_path / "tiny", table, states)
+    return tmp_path / "tiny", table, states
+
+
+def run_json(*args):
+    """What a program reads, whatever pytest does with stdout meanwhile."""
+    out, err = io.StringIO(), io.StringIO()
+    out.reconfigure = lambda **_: None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert inspect_h5.main([*map(str, args), "--json"]) == 0
+    assert err.getvalue() == ""
+    return json.loads(out.getvalue(), parse_constant=pytest.fail)
+
+
+def call(capsys, *args):
+    """Status, stdout and stderr of a command line."""
+    try:
+        status = inspect_h5.main([str(arg) for arg in args])
+    except SystemExit as end:
+        status = end.code
+    return status, *capsys.readouterr()
+
+
+def write_labels(path, table, values, column="label"):
+    pd.DataFrame({"question_id": table["question_id"], column: values}).to_csv(path, index=False)
+    return f"{path}:{column}"
+
+
+# What the table says
+
+
+def test_the_table_finds_the_layer_and_is_not_fooled_by_the_image(known, facts):
+    directory, labels = known
+    cell = facts["cells"][QUERY]
+    assert abs(cell["mean"] - CLOSED_FORM) < cell["sd"]
+    leak = facts["cells"][VISION]
+    assert abs(leak["mean"] - 0.5) < leak["sd"]
+    for name in facts["cells"].keys() - {QUERY, VISION}:
+        assert abs(facts["cells"][name]["mean"] - 0.5) < 0.08
+    # A random split has each image on both sides.
+    _, matrix = inspect_h5.load_embeddings(directory, VISION)
+    folds = KFold(5, shuffle=True, random_state=0)
+    fooled = cross_val_score(
+        LogisticRegression(max_iter=1000), matrix, labels, cv=folds, scoring="roc_auc"
+    )
+    assert fooled.mean() > 0.85
+
+
+def test_every_cell_is_scikit_learns_own(known, facts, tmp_path, capsys):
+    """Another path: exported matrices, float64, a pipeline in a grid search, folds made anew."""
+    directory, labels = known
+    assert call(capsys, directory, "--export", tmp_path / "all.npz")[0] == 0
+    with np.load(tmp_path / "all.npz") as file:
+        arrays = dict(file)
+    splitter = StratifiedGroupKFold(5, shuffle=True, random_state=0)
+    fold_of = np.empty(len(labels), int)
+    for number, (_, test) in enumerate(splitter.split(labels, labels, arrays["image_id"])):
+        fold_of[test] = number
+        assert facts["folds"][number]["question_id"] == list(arrays["question_id"][test])
+    assert set(facts["cells"]) == set(arrays) - {"question_id", *inspect_h5.TEXTS}
+    for name, cell in facts["cells"].items():
+        matrix = arrays[name].astype(np.float64)
+        grid = {"logisticregression__C": [s / matrix.shape[1] for s in (0.03, 0.3, 3, 30)]}
+        for number in range(5):
+            train, test = fold_of != number, fold_of == number
+            pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+            if number == 0 or name == QUERY:  # for time's sake not always
+                inner = PredefinedSplit(np.unique(fold_of[train], return_inverse=True)[1])
+                search = GridSearchCV(pipeline, grid, scoring="roc_auc", cv=inner, refit=False)
+                means = search.fit(matrix[train], labels[train]).cv_results_["mean_test_score"]
+                chosen = grid["logisticregression__C"].index(pytest.approx(cell["C"][number]))
+                assert means[chosen] > means.max() - 2e-3  # a tie may go either way
+            pipeline.set_params(logisticregression__C=cell["C"][number])
+            scores = pipeline.fit(matrix[train], labels[train]).decision_function(matrix[test])
+            assert cell["auroc"][number] == pytest.approx(
+                roc_auc_score(labels[test], scores), abs=2e-3
+            )
+
+
+def test_no_image_is_in_two_folds_and_no_sample_is_missing(known, facts):
+    table, _ = inspect_h5.load_embeddings(known[0], VISION)
+    image = table.set_index("question_id")["image_id"]
+    folds = [set(image[fold["question_id"]]) for fold in facts["folds"]]
+    assert sum(map(len, folds)) == len(set.union(*folds)) == NUM_IMAGES
+    assert sum(len(fold["question_id"]) for fold in facts["folds"]) == len(table)
+
+
+def test_a_picture_of_two_names_is_one_image(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 2 == 0
+    table = make_table(labels, rng)
+    sources = np.arange(60) // NUM_QUESTIONS % 5  # images 0 and 5 are one file, 1 and 6, ...
+    table["image_sha256"] = [f"hash {source}" for source in sources]
+    write_run(tmp_path, table, make_states(labels, rng, width=4))
+    flags = ["--probe", "answer_is_wrong", "--representation", VISION]
+    for fold in run_json(tmp_path, *flags)["folds"]:
+        rows = [int(question_id[1:]) for question_id in fold["question_id"]]
+        others = sorted(set(range(60)) - set(rows))
+        assert not set(sources[rows]) & set(sources[others])
+
+
+def test_the_shuffled_control_is_a_half(facts):
+    assert facts["shuffled"]["of"] == QUERY
+    assert len(facts["shuffled"]["auroc"]) == 25
+    assert abs(facts["shuffled"]["mean"] - 0.5) < 0.03
+    assert not facts["leaks"]
+
+
+def test_mean_and_spread_are_those_of_the_folds(facts):
+    cells = [*facts["cells"].values(), *facts["baselines"].values(), facts["shuffled"]]
+    for cell in cells:
+        assert cell["mean"] == pytest.approx(np.mean(cell["auroc"]))
+        assert cell["sd"] == pytest.approx(np.std(cell["auroc"], ddof=1))
+
+
+def test_the_text_shows_what_the_json_holds(known, facts, capsys, monkeypatch):
+    monkeypatch.setattr(inspect_h5, "probe", lambda *_: facts)
+    status, out, err = call(capsys, known[0], "--probe", "answer_is_wrong")
+    assert (status, err) == (0, "")
+    wrong = int(known[1].sum())
+    assert f"{len(known[1]) - wrong} × right, {wrong} × wrong; 0 without a label" in out
+    assert "does not stand" in out
+    lines = {line[:30].strip(): line[27:].split() for line in out.splitlines()}
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
+    assert rows["layer"] == ["0", "3"]
+    for kind in KINDS:
+        for layer, shown in zip((0, 3), rows[kind], strict=True):
+            cell = facts["cells"][f"{kind}/layer_{layer}"]
+            assert shown == f"{cell['mean']:.2f}±{cell['sd']:.2f}"
+    levels = {VISION: facts["cells"][VISION]} | facts["baselines"]
+    levels["best probe, labels shuffled"] = facts["shuffled"]
+    for name, cell in levels.items():
+        assert lines[name][-1] == f"{cell['mean']:.2f}±{cell['sd']:.2f}"
+    assert max(map(len, out.splitlines())) <= 80
+
+
+# What it is compared with
+
+
+def test_baselines_are_scikit_learns_own(known, facts):
+    table, _ = inspect_h5.load_embeddings(known[0], VISION)
+    place = pd.Series(range(len(table)), table["question_id"])
+    numbers = {
+        "first-token entropy": table["first_token_entropy"],
+        "mean answer log-probability": table["answer_logprobs"].map(lambda x: sum(x) / len(x)),
+        "least answer log-probability": table["answer_logprobs"].map(min),
+        "answer length in tokens": table["num_answer_tokens"],
+    }
+    for name, values in numbers.items():
+        for number, fold in enumerate(facts["folds"]):
+            test = place[fold["question_id"]].to_numpy()
+            train = np.setdiff1d(place, test)
+            auroc = roc_auc_score(known[1][test], values[test])
+            if roc_auc_score(known[1][train], values[train]) < 0.5:
+                auroc = 1 - auroc
+            assert facts["baselines"][name]["auroc"][number] == pytest.approx(auroc, abs=1e-6)
+    assert all(facts["baselines"][name]["mean"] > 0.7 for name in MEANS)  # wrong: less likely
+    assert facts["baselines"]["answer length in tokens"]["mean"] == 0.5  # all have as many
+    assert abs(facts["baselines"]["question text alone"]["mean"] - 0.5) < 0.1
+
+
+def test_a_numbers_direction_comes_from_the_other_folds():
+    labels = np.tile([False, True], 8)
+    values = np.tile([0.0, 1.0], 8)
+    values[:4] = 1 - values[:4]  # in the first fold it is the other way round
+    task = inspect_h5.Task(labels, np.array(["x"] * 16), np.split(np.arange(16), 4))
+    assert inspect_h5.try_numbers(task, values) == [0, 1, 1, 1]
+    assert inspect_h5.try_numbers(task, -values) == [0, 1, 1, 1]
+
+
+def test_a_question_tells_the_label_but_not_the_shuffled_one(tiny, tmp_path, monkeypatch):
+    """Labels that follow the question's place in each image are no leak."""
+    monkeypatch.setattr(inspect_h5, "NUM_FOLDS", 5)
+    directory, table, states = tiny
+    labels = np.arange(60) % NUM_QUESTIONS == 0
+    table["question"] = np.where(labels, "Is there a cat?", "What is on the table?")
+    states[QUERY][:, 0] = 3 * labels + states[QUERY][:, 0] / 10
+    write_run(directory, table, states)
+    label = write_labels(tmp_path / "labels.csv", table, labels.astype(int))
+    flags = ["--probe", label, "--representation", KINDS[1], "--layer", 3]
+    facts = run_json(directory, *flags)
+    assert facts["baselines"]["question text alone"]["mean"] == 1
+    assert facts["cells"][QUERY]["mean"] == 1
+    assert abs(facts["shuffled"]["mean"] - 0.5) < 0.15
+    assert not facts["leaks"]
+
+
+@pytest.mark.parametrize("kind", [{"schema_version": 1}, {"max_new_tokens": 0}])
+def test_what_is_not_stored_is_a_dash(tiny, tmp_path, capsys, kind):
+    directory, table, states = tiny
+    if "max_new_tokens" in kind:
+        table["num_answer_tokens"] = 0
+    write_run(directory, table, states, **kind)
+    label = write_labels(tmp_path / "labels.csv", table, np.arange(60) % 3 == 0)
+    status, out, _ = call(capsys, directory, "--probe", label, "--representation", VISION)
+    cells = {line[:30].strip(): line[30:] for line in out.splitlines()}
+    assert status == 0
+    dashes = {name for name, cell in cells.items() if cell == "-"}
+    expected = {"first-token entropy", *MEANS}
+    assert dashes == expected | ({"answer length in tokens"} if "max_new_tokens" in kind else set())
+
+
+# Controls
+
+
+def test_shuffled_labels_notice_a_planted_leak(tmp_path, capsys, monkeypatch):
+    """Folds that know nothing of images, where the label goes by the image."""
+    rng = np.random.default_rng(1)
+    labels = np.repeat(np.arange(60) % 2 == 0, NUM_QUESTIONS)
+    write_run(tmp_path, make_table(labels, rng), make_states(labels, rng, width=4))
+    flags = [tmp_path, "--probe", "answer_is_wrong", "--representation", VISION]
+    status, out, _ = call(capsys, *flags)
+    assert status == 0
+    assert "leaks" not in out
+
+    def split_at_random(labels, images):
+        return np.array_split(np.random.default_rng(0).permutation(len(labels)), 5)
+
+    monkeypatch.setattr(inspect_h5, "split_by_image", split_at_random)
+    status, out, _ = call(capsys, *flags)
+    assert status == 0
+    assert "something leaks" in out
+
+
+def test_shuffling_keeps_the_labels_of_an_image_together_in_another_order():
+    images = np.repeat(["a", "b", "c", "d"], 5)
+    labels = np.repeat([True, False, False, True], 5)
+    task = inspect_h5.Task(labels, images, [])
+    rng = np.random.default_rng(0)
+    drawn = [inspect_h5.shuffle_labels(task, rng) for _ in range(50)]
+    assert all({*shuffled.reshape(4, 5).sum(axis=1)} == {0, 5} for shuffled in drawn)
+    assert len({tuple(shuffled) for shuffled in drawn}) == 6  # 4 over 2
+    mixed = np.tile([True, False, False, False, False], 4)
+    task = inspect_h5.Task(mixed, images, [])
+    drawn = [inspect_h5.shuffle_labels(task, rng) for _ in range(50)]
+    assert all(shuffled.reshape(4, 5).sum(axis=1).tolist() == [1] * 4 for shuffled in drawn)
+    assert all(np.mean(drawn, axis=0) < 0.5)  # its place in the image is another each time
+
+
+def test_each_matrix_is_read_once(tiny, capsys, monkeypatch):
+    read, names = inspect_h5.read_matrix, []
+
+    def count(samples, name, width):
+        names.append(name)
+        return read(samples, name, width)
+
+    monkeypatch.setattr(inspect_h5, "read_matrix", count)
+    monkeypatch.setattr(inspect_h5, "STRENGTHS", (1,))
+    assert call(capsys, tiny[0], "--probe", "answer_is_wrong")[0] == 0
+    assert sorted(names) == sorted({*names})
+    assert len(names) == 7
+
+
+# Labels
+
+RULE = [
+    ("red", "It is red.", False),
+    ("red", "It is Red", False),
+    ("red", "a reddish hue", True),
+    ("red", "", True),
+    ("the red car", "That's a RED car!", False),
+    ("red car", "a car that is red", True),
+    ("2", "There are two dogs.", False),
+    ("two", "2", False),
+    ("none", "0", False),
+    ("ten", "I count 10 of them", False),
+    ("1,000", "about 1000 people", False),
+    ("3.5", "It is 3.5 metres", False),
+    ("3.5", "It is 3 5", True),
+    ("5", "It is 3.5", True),
+    ("dont", "I don't", False),
+    ("don't", "I don’t know", False),
+    ("t-shirt", "a T shirt", False),
+    ("left/right", "left, right", False),
+    ("yes", "**Yes**, it is", False),
+    ("yes", "No. Well, yes", True),
+    ("yes", "It is red", True),
+    ("Yes.", "yes", False),
+    ("no", "No, there is none", False),
+    ("no", "There is no dog; yes, a cat", False),
+    ("no", "nothing", True),
+    ("n, o", "No.", False),
+    ("n, o", "n, o", True),
+    ("n, o", "Yes, there is no cat", True),
+    ("y, e, s", "Yes", False),
+    ("NO", "no", False),
+    ("ｎｏ", "No", False),
+    ("the", "the", None),
+    ("", "anything", None),
+    ("?!", "anything", None),
+]
+
+
+@pytest.mark.parametrize(("truth", "answer", "wrong"), RULE)
+def test_the_rule_of_answer_is_wrong(truth, answer, wrong):
+    assert inspect_h5.is_wrong(answer, truth) is wrong
+
+
+def test_the_rule_is_applied_and_printed(tiny, capsys):
+    directory, table, states = tiny
+    table["ground_truth_answer"] = ["red", "blue", "the"] * 20
+    table["answer"] = ["red"] * 60
+    write_run(directory, table, states)
+    status, out, _ = call(capsys, directory, "--probe", "answer_is_wrong", "--layer", 3)
+    assert status == 0
+    assert "20 × right, 20 × wrong; 20 without a label" in out
+    assert " ".join(inspect_h5.RULE.split()) in " ".join(out.split())
+
+
+LABELS = {
+    "two texts": (["yes", "no", "", "no"], [], {"no": 30, "yes": 15}, 15),
+    "two numbers": (["9", "10", "9", "9"], [], {"9": 45, "10": 15}, 0),
+    "None is a value": (["None", "NA", " NA ", "None"], [], {"NA": 30, "None": 30}, 0),
+    "above": (["0.2", "7e-1", "0.5", "?"], ["--above", "0.5"], {"≤ 0.5": 30, "> 0.5": 15}, 15),
+}
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_labels_of_a_csv(tiny, tmp_path, case):
+    values, flags, classes, without = LABELS[case]
+    label = write_labels(tmp_path / "labels.csv", tiny[1], values * 15, "why not")
+    facts = run_json(tiny[0], "--probe", label, *flags, "--representation", VISION)
+    assert facts["classes"] == classes
+    assert list(facts["classes"]) == list(classes)
+    assert facts["num_without_label"] == without
+    assert sum(len(fold["question_id"]) for fold in facts["folds"]) == 60 - without
+
+
+def test_labels_are_joined_by_question_id(tiny, tmp_path):
+    """Rows in another order, of more samples and fewer; the last number is the other class."""
+    directory, table, states = tiny
+    wrong = states[VISION][:, 0] > 0
+    states[QUERY][:, 0] = 10 * wrong
+    write_run(directory, table, states)
+    labels = pd.DataFrame({"question_id": table["question_id"], "label": wrong.astype(int)})
+    labels = pd.concat([labels[5:][::-1], pd.DataFrame({"question_id": ["x"], "label": [1]})])
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    facts = run_json(directory, "--probe", f"{tmp_path}/labels.csv:label", "--layer", 3)
+    assert facts["cells"][QUERY]["auroc"] == [1] * len(facts["folds"])
+    assert facts["num_without_label"] == 5
+
+
+# Its flags
+
+
+def test_a_representation_or_a_layer_alone(tiny):
+    flags = [tiny[0], "--probe", "answer_is_wrong"]
+    assert list(run_json(*flags, "--layer", 3)["cells"]) == [f"{kind}/layer_3" for kind in KINDS]
+    assert list(run_json(*flags, "--representation", VISION)["cells"]) == [VISION]
+
+
+def test_fewer_folds_are_said(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(inspect_h5, "NUM_FOLDS", 5)
+    values = ["1"] * 4 * NUM_QUESTIONS + ["0"] * 6 * NUM_QUESTIONS
+    label = write_labels(tmp_path / "labels.csv", tiny[1], values)
+    status, out, _ = call(capsys, tiny[0], "--probe", label, "--representation", VISION)
+    assert status == 0
+    assert "4, as there are too few images for 5; each of the 10 images in one only" in out
+
+
+def test_the_perceptron(known, capsys):
+    """HALP's, on the layer that tells and on one that does not."""
+    args = (known[0], "--probe", "answer_is_wrong", "--probe-model", "mlp", "--json")
+    status, out, _ = call(capsys, *args, "--representation", KINDS[1])
+    facts = json.loads(out)
+    assert status == 0
+    assert "512-256-128" in facts["probe"]
+    assert facts["cells"][QUERY]["mean"] == pytest.approx(CLOSED_FORM, abs=0.05)
+    assert facts["cells"][f"{KINDS[1]}/layer_0"]["mean"] == pytest.approx(0.5, abs=0.08)
+    assert not facts["leaks"]
+
+
+def test_the_bar_is_on_stderr_alone(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    args = (tiny[0], "--probe", "answer_is_wrong", "--json", "--layer", 3)
+    status, out, err = call(capsys, *args)
+    assert status == 0
+    assert len(json.loads(out)["cells"]) == 3
+    assert "cell" in err
+
+
+def many_layers(count):
+    cell = {"auroc": [0.5, 0.7], "mean": 0.6, "sd": 0.1414}
+    names = [VISION, *(f"{kind}/layer_{layer}" for kind in KINDS for layer in range(count))]
+    return dict.fromkeys(names, cell)
+
+
+def test_the_table_of_many_layers_lies_on_its_side():
+    lines = list(inspect_h5.show_layers(many_layers(48)))
+    assert lines[0].split() == ["layer", "vision_token", "query_token", "multimodal"]
+    assert [line.split() for line in lines[1:]] == [[str(i), *["0.60±0.14"] * 3] for i in range(48)]
+    assert len(list(inspect_h5.show_layers(many_layers(5)))) == 4
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, in place of files."""
+    drawn = []
+    save = "matplotlib.figure.Figure.savefig"
+    monkeypatch.setattr(save, lambda figure, path, **_: drawn.append(figure))
+    return drawn
+
+
+def test_the_plot_draws_what_the_table_says(facts, figures, tmp_path):
+    inspect_h5.plot_probe(tmp_path / "x.png", facts)
+    (figure,) = figures
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    for kind in KINDS:
+        means = [facts["cells"][f"{kind}/layer_{layer}"]["mean"] for layer in (0, 3)]
+        np.testing.assert_allclose(lines[kind].get_xydata(), [[0, means[0]], [3, means[1]]])
+    levels = {VISION: facts["cells"][VISION]} | facts["baselines"]
+    levels["best probe, labels shuffled"] = facts["shuffled"]
+    styles = set()
+    for name, cell in levels.items():
+        (label,) = [label for label in lines if label.startswith(name)]
+        assert set(lines[label].get_ydata()) == {cell["mean"]}
+        styles.add((lines[label].get_color(), str(lines[label]._dash_pattern)))
+    assert len(styles) == len(levels)
+    assert len({lines[kind].get_color() for kind in KINDS}) == 3
+    spreads = [band.get_datalim(axes.transData) for band in axes.collections]
+    for kind, spread in zip(KINDS, spreads, strict=True):
+        cells = [facts["cells"][f"{kind}/layer_{layer}"] for layer in (0, 3)]
+        assert spread.y0 == pytest.approx(min(cell["mean"] - cell["sd"] for cell in cells))
+        assert spread.y1 == pytest.approx(max(cell["mean"] + cell["sd"] for cell in cells))
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 3 + len(levels)
+    assert legend.get_window_extent().x0 > axes.get_tightbbox().x1
+    assert legend.get_window_extent().x1 <= figure.bbox.x1
+
+
+def test_probe_and_plot_write_the_table_and_the_picture(tiny, tmp_path, capsys):
+    args = (tiny[0], "--probe", "answer_is_wrong", "--layer", 3, "--plot", tmp_path / "x.png")
+    status, out, err = call(capsys, *args)
+    assert (status, err) == (0, "")
+    assert "AUROC" in out
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+# What is refused
+
+
+def one_line(capsys, *args):
+    status, out, err = call(capsys, *args)
+    assert (status, out, len(err.splitlines())) == (1, "", 1), (status, out, err)
+    return err
+
+
+def alter(tiny, **columns):
+    directory, table, states = tiny
+    write_run(directory, table.assign(**columns), states)
+
+
+REFUSED = {
+    "a column": ("labels.csv:other", {}, "no column other; it has label"),
+    "a file": ("none.csv:label", {}, "none.csv cannot be read"),
+    "no id matches": ("others.csv:label", {}, "no sample has a value there"),
+    "many texts": ("texts.csv:label", {}, "two values, not 3 ('a', 'b', 'c')"),
+    "many numbers": ("numbers.csv:label", {}, "--above X"),
+    "one class": ("answer_is_wrong", {"answer": "blue"}, "one class only: 60 samples, all 'wrong'"),
+    "one image": ("labels.csv:label", {"image_id": "a", "image_sha256": "x"}, "one image only"),
+    "two images": (
+        "labels.csv:label",
+        {"image_id": ["a", "b"] * 30, "image_sha256": ["x", "y"] * 30},
+        "too few samples for a probe: 60 about 2 images",
+    ),
+    "few of a class": ("rare.csv:label", {}, "too few samples"),
+    "no ground truth": ("answer_is_wrong", {"ground_truth_answer": ""}, "no sample has a label"),
+    "no answers": ("answer_is_wrong", {"answer": ""}, "no answers are stored"),
+    "an entropy": ("labels.csv:label", {"entropy": np.nan}, "first-token entropy: not finite"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_probed_is_one_line(tiny, tmp_path, capsys, monkeypatch, case):
+    label, columns, message = REFUSED[case]
+    monkeypatch.chdir(tmp_path)
+    table = tiny[1]
+    write_labels("labels.csv", table, ["0", "1"] * 30)
+    write_labels("texts.csv", table, ["a", "b", "c"] * 20)
+    write_labels("numbers.csv", table, ["1", "2", "3"] * 20)
+    write_labels("rare.csv", table, ["1"] * 8 + ["0"] * 52)  # of two images
+    write_labels("others.csv", table.assign(question_id=range(60)), ["0", "1"] * 30)
+    if columns:
+        alter(tiny, **columns)
+    assert message in one_line(capsys, tiny[0], "--probe", label)
+
+
+def test_values_that_are_not_finite_are_one_line(tiny, capsys):
+    directory, table, states = tiny
+    states[QUERY][7, 2] = np.inf
+    write_run(directory, table, states)
+    args = (directory, "--probe", "answer_is_wrong", "--representation", KINDS[1], "--layer", 3)
+    err = one_line(capsys, *args)
+    assert f"{QUERY}: not finite" in err
+
+
+def test_without_scikit_learn_it_says_what_to_install(tiny, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert "pip install scikit-learn" in one_line(capsys, tiny[0], "--probe", "answer_is_wrong")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--probe", "label"], "CSV:COLUMN"),
+        (["--probe", "answer_is_wrong", "--above", "1"], "--above"),
+        (["--probe", "answer_is_wrong", "--verify"], "choose one"),
+        (["--probe", "answer_is_wrong", "--export", "x.npz"], "choose one"),
+        (["--probe", "answer_is_wrong", "--plot", "x.gif"], ".png"),
+        (["--probe", "answer_is_wrong", "--plot", "x.png", "--color-by", "answer"], "--color-by"),
+        (["--probe", "answer_is_wrong", "--max-samples", "9"], "--max-samples"),
+        (["--probe", "answer_is_wrong", "--probe-model", "tree"], "tree"),
+        (["--probe-model", "mlp"], "--probe-model is for"),
+        (["--above", "1"], "--above is for"),
+    ],
+)
+def test_wrong_usage_is_status_2(tiny, capsys, flags, message):
+    status, out, err = call(capsys, tiny[0], *flags)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
