@@ -448,44 +448,36 @@ def load_model(options: Options, config, device: torch.device):
 
 
 def place_weights(options: Options, config, device: torch.device) -> dict | str:
-    """transformers' `device_map`. Raises ExtractionError: the card is too small, which `auto`
-    would mend."""
-    everything = {"": device}
-    if device.type != "cuda":
-        return options.device_map or everything
-    weights, embedding = count_weights(config)
-    itemsize = getattr(torch, options.dtype).itemsize
-    sizes = [size / 2**30 for size in (torch.cuda.mem_get_info(device)[0], weights, embedding)]
-    free, weights, embedding = sizes[0], sizes[1] * itemsize, sizes[2] * itemsize
-    is_alone = torch.cuda.device_count() == 1 or "LOCAL_RANK" in os.environ
-    if can_spare_embedding(options, is_alone) and weights - embedding <= free < weights:
-        log.info(
-            "the card has %.1f GiB free, the weights take %.1f: the embedding, %.1f, stays in host "
-            "memory, which --max-new-tokens 0 allows",
-            *(free, weights, embedding),
-        )
-        return everything | {EMBEDDING: "cpu", "lm_head": "cpu"}
-    if free < weights and not options.device_map:
-        raise ExtractionError(
-            f"--device {device} has {free:.1f} GiB free; the weights take {weights:.1f}, and every "
-            f"question some beside them: {weights - free:.1f} GiB are missing | take a larger card "
-            "(40 GB for the 12B), or --device-map auto, for a card of 24 GB with --max-new-tokens 0"
-        )
-    return options.device_map or everything
+    """transformers' `device_map`. Raises ExtractionError: the card is too small for the weights.
 
-
-def can_spare_embedding(options: Options, is_alone: bool) -> bool:
-    """Without answers the head never runs, and of the matrix only single rows are looked up."""
-    return options.device_map == "auto" and options.max_new_tokens == 0 and is_alone
-
-
-def count_weights(config) -> tuple[int, int]:
-    """How many numbers all weights hold, and the embedding, which is the head's matrix too."""
+    Without answers the head never runs, and of the embedding, whose matrix it shares, only single
+    rows are looked up: on one card that is too small for all, `auto` leaves it in host memory.
+    """
     from transformers import AutoModelForImageTextToText
 
+    everything = options.device_map or {"": device}
+    if device.type != "cuda":
+        return everything
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    return model.num_parameters(), model.get_submodule(EMBEDDING).weight.numel()
+    gib = getattr(torch, options.dtype).itemsize / 2**30
+    weights = model.num_parameters() * gib
+    embedding = model.get_submodule(EMBEDDING).weight.numel() * gib
+    free = torch.cuda.mem_get_info(device)[0] / 2**30
+    if free >= weights:
+        return everything
+    told = f"the card has {free:.1f} GiB free, the weights take {weights:.1f}"
+    if not options.device_map:
+        raise ExtractionError(
+            f"--device {device}: {told}, and every question some beside them: at least "
+            f"{weights - free:.1f} GiB are missing | take a larger card (40 GB for the 12B), or "
+            "--device-map auto, for a card of 24 GB with --max-new-tokens 0"
+        )
+    is_alone = torch.cuda.device_count() == 1 or "LOCAL_RANK" in os.environ
+    if options.max_new_tokens or not is_alone or free < weights - embedding:
+        return everything
+    log.info("%s: the embedding, %.1f, stays in host memory", told, embedding)
+    return {"": device, EMBEDDING: "cpu", "lm_head": "cpu"}
 
 
 def check_device(name: str) -> torch.device:
@@ -1113,9 +1105,7 @@ class Extractor:
         self._end_ids = set(end if isinstance(end, list) else [end])
         self._owners = itertools.count(1)
         self._streak = FailureStreak()
-        self._size_before: int | None = (
-            None  # the batch size, while memory is short again and again
-        )
+        self._size_before: int | None = None  # that of the batch, while memory is short
         self._again: deque[Asked] = deque()  # what did not fit
         self._outcomes: list[Sample | Failure] = []
         self._is_filling = False
@@ -1140,16 +1130,17 @@ class Extractor:
                 self._advance(source, is_stopping)
             except (RuntimeError, ExtractionError) as caught:
                 error = caught.with_traceback(None)  # which holds tensors
-            if error and is_out_of_memory(error):
+            has_fit = not (error and is_out_of_memory(error))
+            if not has_fit:
                 self._shrink()
             outcomes, self._outcomes = self._outcomes, []
             yield from outcomes
-            if isinstance(error, ExtractionError):
-                raise error
-            if error and not is_out_of_memory(error):
+            if has_fit and isinstance(error, RuntimeError):
                 ids = [live.prompt.row.question_id for live in self._live]
                 raise ExtractionError(f"the model failed on question_ids {ids}: {error}") from error
-            if not (error or outcomes or self._live):
+            if has_fit and error:
+                raise error
+            if has_fit and not (outcomes or self._live):
                 return
 
     @torch.inference_mode()
@@ -1392,7 +1383,9 @@ class Extractor:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether it was for want of the device's memory, which libraries tell in many ways."""
     signs = ("ALLOC_FAILED", "out of memory", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+    )
 
 
 def all_finite(*tensors: Tensor) -> bool:
