@@ -146,7 +146,7 @@ H5PY_ERRORS = (OSError, RuntimeError, LookupError, AttributeError, TypeError, Va
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 MAX_FAILED_IMAGES = 25  # different images in a row: then something is wrong with all of them
 SAMPLED_BYTES = 2**16  # at a time, of a model's weights
-SAMPLE_OVERHEAD, VECTOR_OVERHEAD = 4700, 450  # bytes of a file beside the vectors themselves
+SAMPLE_OVERHEAD, VECTOR_OVERHEAD = 6000, 350  # bytes of a file beside the vectors themselves
 LINE_SECONDS = 30  # between two lines of progress where there is no bar
 NUM_TEST_ROWS = 3
 TEST_BOUNDS = {"float32": 1e-4, "bfloat16": 0.1}  # relative L2 error to a plain forward pass
@@ -1414,42 +1414,36 @@ class CarefulFile(io.RawIOBase):
         self._descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
 
     def fileno(self) -> int:
-        """The descriptor."""
         return self._descriptor
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As of any file."""
         end = os.fstat(self._descriptor).st_size if whence == os.SEEK_END else 0
         self._pos = end + offset
         return self._pos
 
     def tell(self) -> int:
-        """As of any file."""
         return self._pos
 
     def readinto(self, buffer) -> int:
-        """Fill the buffer, with zeros behind the end of the file."""
-        view = memoryview(buffer).cast("B")
-        rest = view
+        rest = memoryview(buffer).cast("B")
+        size = len(rest)
         while rest and (read := self._attempt(os.preadv, self._descriptor, [rest], self._pos)):
             self._pos += read
             rest = rest[read:]
         self._pos += len(rest)
-        rest[:] = bytes(len(rest))
-        return len(view)
+        rest[:] = bytes(len(rest))  # behind the end of the file, as HDF5 wants it
+        return size
 
     def write(self, buffer) -> int:
-        """Write all of it."""
-        view = memoryview(buffer).cast("B")
-        rest = view
+        rest = memoryview(buffer).cast("B")
+        size = len(rest)
         while rest and (written := self._attempt(os.pwrite, self._descriptor, rest, self._pos)):
             self._pos += written
             rest = rest[written:]
         self._pos += len(rest)
-        return len(view)
+        return size
 
     def truncate(self, size: int | None = None) -> int:
-        """As of any file."""
         self._attempt(os.ftruncate, self._descriptor, self._pos if size is None else size)
         return self._pos
 
@@ -1494,6 +1488,7 @@ def open_part(path: Path) -> Iterator[h5py.File]:
         except H5PY_ERRORS as error:
             file.raise_error()
             raise Damage(str(error)) from error
+        file.raise_error()  # HDF5 has taken zeros for what could not be read
 
 
 def part_path(output_dir: Path, number: int) -> Path:
@@ -1587,20 +1582,26 @@ class PartWriter:
             # HDF5 1.10's format: smaller, and with checksums over all but the vectors themselves.
             self._part = h5py.File(self._file, "w", libver=("v110", "v110"))
             if self._path.exists():
-                with open_part(self._path) as finished:
-                    self._part.attrs.update(finished.attrs)
-                    for name in finished:
-                        finished.copy(name, self._part)
+                self._take_over()
             self._part.attrs.update(self._attributes)
         return self._part
+
+    def _take_over(self) -> None:
+        try:
+            with open_part(self._path) as finished:
+                self._part.attrs.update(finished.attrs)
+                for name in finished:
+                    finished.copy(name, self._part)
+        except Damage as damage:
+            set_aside(self._path, damage)
+            raise
 
     def add(self, row: Row, answer: str, vectors: dict[str, np.ndarray], attributes: dict) -> None:
         """Write one sample; `vectors` are float32, [width] each."""
         group = self._open().create_group(group_name(row.question_id))
-        _write_text(group, "question", row.question)
-        _write_text(group, "image_id", row.image_id)
-        _write_text(group, "answer", answer)
-        _write_text(group, "ground_truth_answer", row.ground_truth)
+        texts = {"question": row.question, "image_id": row.image_id, "answer": answer}
+        for name, text in (texts | {"ground_truth_answer": row.ground_truth}).items():
+            group.create_dataset(name, data=text, dtype=h5py.string_dtype())
         crc32 = 0  # of the vectors as they are read back, in the order of their names
         for name, vector in sorted(vectors.items()):
             layout = vector_layout(name, len(vector), *self._storage)
@@ -1621,7 +1622,8 @@ class PartWriter:
         group = self._open()[group_name(row.question_id)]
         group.attrs["row"] = row.index
         del group["ground_truth_answer"]
-        _write_text(group, "ground_truth_answer", row.ground_truth)
+        text = row.ground_truth
+        group.create_dataset("ground_truth_answer", data=text, dtype=h5py.string_dtype())
 
     def finish(self) -> None:
         """Write, sync, check and rename; a part that gained nothing stays as it was."""
@@ -1647,10 +1649,6 @@ class PartWriter:
                 self._part.close()
                 self._file.close()
             self._partial.unlink(missing_ok=True)
-
-
-def _write_text(group: h5py.Group, name: str, text: str) -> None:
-    group.create_dataset(name, data=text, dtype=h5py.string_dtype())
 
 
 def read_part(path: Path, settings: dict) -> list[str]:
@@ -2084,17 +2082,17 @@ class ImageSource:
 
     def ask(self, rows: list[Row]) -> tuple[Asked | None, list[Failure]]:
         """The rows about one image as the model reads them, ready for an asynchronous copy."""
+
+        def load(image_id: str) -> tuple[Tensor, str]:
+            image, sha256 = open_image(self._options.images_dir, image_id)
+            pixel_values = self._prompter.pixels(image).to(getattr(torch, self._options.dtype))
+            is_pinned = self._options.device.startswith("cuda")
+            return pixel_values.pin_memory() if is_pinned else pixel_values, sha256
+
         try:
-            return self._prompter.ask(rows, self._load)
+            return self._prompter.ask(rows, load)
         except RuntimeError as error:  # of this machine's memory, say, not of the model's device
             raise ExtractionError(f"preparing image {rows[0].image_id!r}: {error}") from error
-
-    def _load(self, image_id: str) -> tuple[Tensor, str]:
-        image, sha256 = open_image(self._options.images_dir, image_id)
-        pixel_values = self._prompter.pixels(image).to(getattr(torch, self._options.dtype))
-        if self._options.device.startswith("cuda"):
-            pixel_values = pixel_values.pin_memory()
-        return pixel_values, sha256
 
     def _check(self, asked: Asked | None, failures: list[Failure]) -> Iterator[Asked]:
         for failure in failures:
@@ -2261,8 +2259,6 @@ class Recorder:
             self._has_failed = True
             part.writer.discard()
             output_dir = self._options.output_dir
-            if isinstance(error, Damage):
-                set_aside(part_path(output_dir, part.number), error)
             advice = "the parts in hand are not saved, those in place are whole; run it again"
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 advice += ", once there is room"
