@@ -1668,7 +1668,8 @@ def read_part(path: Path, settings: dict) -> list[str]:
             f"{path} was written by another version of this program (schema_version {version}, now "
             f"{SCHEMA_VERSION}) | choose another --output-dir, or --overwrite"
         )
-    if absent := {*settings, "num_samples"} - attributes.keys():
+    needed = {*IDENTITY, "model_name", "dataset_sha256", "num_samples"}
+    if absent := needed - attributes.keys():
         raise Damage(f"its attributes {sorted(absent)} are gone")
     if differing := [name for name in IDENTITY if attributes[name] != settings[name]]:
         shown = ["model_name"] * ("model_revision" in differing) + differing
