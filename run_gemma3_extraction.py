@@ -103,6 +103,7 @@ import sys
 import threading
 import urllib.parse
 import uuid
+import warnings
 import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -159,6 +160,7 @@ TYPICAL_QUESTION, TYPICAL_ANSWER = 64, 32  # tokens; no result depends on them
 EMBEDDING = "model.language_model.embed_tokens"  # shares its matrix with the head
 
 log = logging.getLogger("gemma3_extraction")
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we refuse such images ourselves
 
 
 class ExtractionError(Exception):
@@ -396,7 +398,9 @@ def explain_load_errors(model: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         advice = "the directory must hold the whole model, its weights as *.safetensors"
-        if not Path(model).is_dir():
+        if model.startswith(("/", ".")) and not Path(model).is_dir():
+            reason, advice = "there is no such directory", "check the path"
+        elif not Path(model).is_dir():
             advice = (
                 f"if it is gated, accept its licence at https://huggingface.co/{model} and run "
                 "`hf auth login`; a model that is here already: --model DIR"
@@ -1668,7 +1672,7 @@ def read_part(path: Path, settings: dict) -> list[str]:
             f"{path} was written by another version of this program (schema_version {version}, now "
             f"{SCHEMA_VERSION}) | choose another --output-dir, or --overwrite"
         )
-    needed = {*IDENTITY, "model_name", "dataset_sha256", "num_samples"}
+    needed = {*IDENTITY, "model_name", "dataset_sha256", "num_samples", "schema_version"}
     if absent := needed - attributes.keys():
         raise Damage(f"its attributes {sorted(absent)} are gone")
     if differing := [name for name in IDENTITY if attributes[name] != settings[name]]:
@@ -1711,16 +1715,23 @@ def set_aside(path: Path, damage: Damage) -> None:
 
 def update_texts(rows: list[Row], stored: dict[str, Path], settings: dict) -> None:
     """Compare parts that were written from another CSV with this one. No vector depends on `row`
-    and `ground_truth_answer`: they are brought up to date.
+    and `ground_truth_answer`: they are brought up to date. A part whose texts are damaged is set
+    aside, and leaves `stored`.
 
-    Raises ExtractionError: a question or image_id changed under its question_id.
+    Raises ExtractionError: a question or image_id changed under its question_id; then no part has.
     """
     by_id = {row.question_id: row for row in rows}
-    for path in dict.fromkeys(stored.values()):
-        changed = []
-        with open_part(path) as part:
-            is_same = part.attrs["dataset_sha256"] == settings["dataset_sha256"]
-            samples = [] if is_same else [read_texts(part[name]) for name in part]
+    changed: dict[Path, list[Row]] = {}
+    for path in sorted(set(stored.values())):
+        try:
+            with open_part(path) as part:
+                is_same = part.attrs["dataset_sha256"] == settings["dataset_sha256"]
+                samples = [] if is_same else [read_texts(part[name]) for name in part]
+        except Damage as damage:
+            set_aside(path, damage)
+            for question_id in [id_ for id_, where in stored.items() if where == path]:
+                del stored[question_id]
+            continue
         for sample in samples:
             row = by_id.get(sample.question_id, sample)
             for name in ("question", "image_id"):
@@ -1732,9 +1743,12 @@ def update_texts(rows: list[Row], stored: dict[str, Path], settings: dict) -> No
                         "another question_id, choose another --output-dir, or --overwrite"
                     )
             if row != sample:
-                changed.append(row)
-        if changed:
-            amend_part(path, changed, settings)
+                changed.setdefault(path, []).append(row)
+    for path, samples in changed.items():
+        amend_part(path, samples, settings)
+    if changed:
+        count = sum(map(len, changed.values()))
+        log.info("row or ground truth of %d samples brought up to date", count)
 
 
 def read_texts(group: h5py.Group) -> Row:
@@ -1755,7 +1769,6 @@ def amend_part(path: Path, changed: list[Row], settings: dict) -> None:
     except BaseException:
         writer.discard()
         raise
-    log.info("%s: row or ground truth of %d samples brought up to date", path.name, len(changed))
 
 
 def update_failures(
@@ -1971,6 +1984,9 @@ def open_output(
     if options.overwrite and not is_first:
         raise ExtractionError(f"--overwrite: others are at work in {output_dir} | wait for them")
     stored = {} if options.overwrite else scan_parts(output_dir, settings)
+    checks = is_first and (lock.has_locks or os.environ.get("RANK", "0") == "0")
+    if checks:
+        update_texts(rows, stored, settings)
     wanted = set(rows[:NUM_TEST_ROWS] if options.test else rows)
     missing, about = {}, {}
     for number, part in plan_parts(rows, options.checkpoint_interval).items():
@@ -1979,10 +1995,9 @@ def open_output(
     for row in rows:
         if row.question_id in stored:
             about.setdefault(row.image_id, []).append(row.question_id)
-    if is_first and (lock.has_locks or os.environ.get("RANK", "0") == "0"):
+    if checks:
         if lock.has_locks:  # or others may be at work unseen
             remove_files(output_dir, everything=False)
-        update_texts(rows, stored, settings)
         check_disk(output_dir, sum(map(len, missing.values())) * sample_size, options.overwrite)
         if options.overwrite:
             remove_files(output_dir, everything=True)
@@ -2110,12 +2125,19 @@ class ImageSource:
 
     def _check_unchanged(self, image_id: str, image_sha256: str) -> None:
         """Raise ExtractionError if samples are stored about another picture of that name."""
+        by_part: dict[Path, list[str]] = {}
         for question_id in self._plan.stored_about.get(image_id, ()):
-            with open_part(self._plan.stored[question_id]) as part:
-                stored_sha256 = part[group_name(question_id)].attrs["image_sha256"]
-            if stored_sha256 != image_sha256:
+            by_part.setdefault(self._plan.stored[question_id], []).append(question_id)
+        for path, question_ids in by_part.items():
+            try:
+                with open_part(path) as part:
+                    found = {q: part[group_name(q)].attrs["image_sha256"] for q in question_ids}
+            except Damage as damage:
+                set_aside(path, damage)
+                raise ExtractionError(f"{path} is damaged | the same command goes on") from damage
+            if others := [q for q in question_ids if found[q] != image_sha256]:
                 raise ExtractionError(
-                    f"image {image_id!r} has changed: question_id {question_id!r} is stored about "
+                    f"image {image_id!r} has changed: question_id {others[0]!r} is stored about "
                     "another picture of that name | put that one back, give the new one another "
                     "name, or --overwrite"
                 )
