@@ -399,7 +399,7 @@ def explain_load_errors(model: str) -> Iterator[None]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         advice = "the directory must hold the whole model, its weights as *.safetensors"
         if model.startswith(("/", ".")) and not Path(model).is_dir():
-            reason, advice = "there is no such directory", "check the path"
+            reason, advice = "there is no such directory", "check --model DIR"
         elif not Path(model).is_dir():
             advice = (
                 f"if it is gated, accept its licence at https://huggingface.co/{model} and run "
