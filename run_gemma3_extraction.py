@@ -1109,7 +1109,8 @@ class Extractor:
         self._end_ids = set(end if isinstance(end, list) else [end])
         self._owners = itertools.count(1)
         self._streak = FailureStreak()
-        self._size_before: int | None = None  # that of the batch, while memory is short
+        self._suspects: set[Prompt] = set()  # who was live when memory ran short, and has not ended
+        self._size_before = batch_size  # that of the batch, before that
         self._again: deque[Asked] = deque()  # what did not fit
         self._outcomes: list[Sample | Failure] = []
         self._is_filling = False
@@ -1336,7 +1337,6 @@ class Extractor:
         self._outcomes.append(
             Sample(live.prompt, sha256, states, answer, is_truncated, live.logprobs, entropy)
         )
-        self._size_before = None  # what is tried now does fit
         self._leave(live)
 
     def _fail(self, live: Live, error: str) -> Failure:
@@ -1349,6 +1349,7 @@ class Extractor:
         """Give its slots back; with the last question of an image its row."""
         seat, bank = live.seat, live.seat.bank
         self._live.remove(live)
+        self._suspects.discard(live.prompt)
         bank.give_slots(seat.row, live.slots)
         seat.num_live -= 1
         if not seat.num_live and not seat.waiting:
@@ -1363,15 +1364,17 @@ class Extractor:
         A question that was alone fails, and is alone to blame: batches are again as large as
         before it came.
         """
-        size, live = self.batch_size, self._live
-        self._size_before = self._size_before or size
+        live = self._live
+        if not self._suspects:
+            self._size_before = self.batch_size
+        self._suspects |= {one.prompt for one in live}
         if len(live) == 1:
-            self._outcomes.append(
-                Failure(live[0].prompt.row, "the device's memory is too small for it")
-            )
-            self.batch_size, self._size_before = self._size_before, None
+            error = "the device's memory is too small for it"
+            self._outcomes.append(Failure(live[0].prompt.row, error))
+            self.batch_size = self._size_before
+            self._suspects.clear()
         else:
-            self.batch_size = max(1, min(size, len(live)) // 2)
+            self.batch_size = max(1, min(self.batch_size, len(live)) // 2)
             log.warning("%d questions at once are too many for the device's memory", len(live))
             log.warning("batch size %d from here on", self.batch_size)
         for seat in reversed(self._seats):
