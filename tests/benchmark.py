@@ -450,11 +450,28 @@ def paper_batch_size(card: Card, model) -> int | None:
     return size if size > 1 else None
 
 
+def describe_memory(model) -> str:
+    """Weights and a token's keys and values, in bfloat16."""
+    text = model.config.text_config
+    numbers = {
+        "layers": sum(p.numel() for p in model.model.language_model.layers.parameters()),
+        "embedding, shared with the head": model.lm_head.weight.numel(),
+        "tower": sum(p.numel() for p in model.model.vision_tower.parameters()),
+    }
+    parts = ", ".join(f"{name} {2 * n / 2**30:.2f}" for name, n in numbers.items())
+    slot = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    return (
+        f"weights {2 * model.num_parameters() / 2**30:.2f} GiB: {parts}; keys and values "
+        f"{slot:,} bytes a token"
+    )
+
+
 def print_paper(processor) -> None:
     """The table, and the line that the README quotes."""
     model = make_model("12b", torch.device("meta"), torch.bfloat16)
     prompter = script.Prompter(processor, model.config)
     print("Gemma 3 12B on paper: arithmetic, not measured. Answers of mean 30 tokens, limit 200.")
+    print(describe_memory(model))
     for card in CARDS:
         size = paper_batch_size(card, model)
         chosen = f"--batch-size auto: {size}" if size else "too small to answer beside the weights"
