@@ -233,17 +233,20 @@ def measure(args: argparse.Namespace, bench: Bench) -> None:
     ):
         _, rows = make_rows(args.images if questions != 1 else 2 * args.images, questions)
         lengths = draw_lengths(answers, len(rows))
-        step = max(1, len(rows) // args.plain_rows) if answers != "mixed" else 1
-        plain, plain_lengths = rows[::step], lengths[::step]
-        slow = [bench.time_rows(way, plain[:4], plain_lengths[:4]) for way in ways(bench, args)]
+        # The others run a part of the rows, of short and long answers as many as there are.
+        step = max(1, len(rows) // args.plain_rows)
+        chosen = sorted(range(len(rows)), key=lengths.__getitem__)[step // 2 :: step]
+        plain, plain_lengths = [rows[i] for i in chosen], [lengths[i] for i in chosen]
+        some = (plain[::8], plain_lengths[::8])
+        slow = [bench.time_rows(way, *some) for way in (bench.hidden, bench.three)]
         ratios, ours = [], []
         for _ in range(args.pairs):
             forward = bench.time_rows(bench.forward, plain, plain_lengths)
             seconds, size = bench.time_ours(rows, lengths, batch_size)
             ratios.append(forward / seconds)
             ours.append(seconds)
-        some = bench.time_rows(bench.forward, plain[:4], plain_lengths[:4])
-        others = [one / some * statistics.median(ratios) for one in slow]
+        forward = bench.time_rows(bench.forward, *some)
+        others = [one / forward * statistics.median(ratios) for one in slow]
         name = "auto" if batch_size is None else "    "
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
         mean = statistics.median(ours)
@@ -254,10 +257,6 @@ def measure(args: argparse.Namespace, bench: Bench) -> None:
             flush=True,
         )
     print(f"peak memory {script.peak_memory(args.device)}")
-
-
-def ways(bench: Bench, args: argparse.Namespace) -> list:
-    return [bench.hidden, bench.three]
 
 
 # ──────────────────────────────────────────── on paper ───────────────────────────────────────────
@@ -521,7 +520,7 @@ def parse_args() -> argparse.Namespace:
     add("--answers", default="none,equal,mixed", help="none, equal, mixed")
     add("--questions", default="all,1", help="questions an image; all: easy-VQA's 9.7")
     add("--images", type=int, default=10, help="images of ours; twice as many for 1 an image")
-    add("--plain-rows", type=int, default=12, help="rows of the others, but for mixed answers")
+    add("--plain-rows", type=int, default=24, help="rows of the others")
     add("--pairs", type=int, default=3)
     args = parser.parse_args()
     args.batch_sizes = [None if w == "auto" else int(w) for w in args.batch_sizes.split(",")]
