@@ -16,25 +16,17 @@ Samples stand part after part, those of a part by their row in the CSV. Exit sta
 import signal
 import sys
 
-
-def leave_quietly(*_: object) -> None:
-    """What Ctrl-C does, from the first import on."""
-    raise SystemExit(130)
-
-
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the imports, which take a second
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # it may be ignored
-        signal.signal(signal.SIGINT, leave_quietly)
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it as it ends any other tool
 
 import argparse
-import csv
 import dataclasses
 import difflib
 import itertools
 import json
 import re
-import textwrap
 import unicodedata
 import warnings
 import zlib
@@ -60,6 +52,7 @@ COLORS = "#0072B2 #E69F00 #009E73 #CC79A7 #000000 #56B4E9 #D55E00 #F0E442 #88225
 
 Paths = str | Path | Iterable[str | Path]  # files; directories stand for the parts in them
 Samples = list[tuple[Path, str]]  # the file, and the group's name in it
+Vectors = dict[str, int]  # the data sets of vectors, and their lengths
 Finding = tuple[str, list[str]]  # what is wrong, and the question_ids that it is wrong with
 
 
@@ -77,88 +70,57 @@ def find_parts(paths: Paths) -> list[Path]:
     return list(found.values())
 
 
-def read_part(path: Path) -> tuple[dict, list[str]]:
-    """A part's attributes, and the names of its samples by their row in the CSV."""
-    with h5py.File(path) as file:
-        part = {name: np.asarray(value).tolist() for name, value in file.attrs.items()}
-        rows = {name: int(file.require_group(name).attrs.get("row", -1)) for name in file}
-    list_vectors(part)  # which raises where an attribute that it needs is missing
-    return part, sorted(rows, key=rows.get)
-
-
 def scan_parts(paths: Paths) -> tuple[dict[Path, dict], Samples, list[Finding]]:
-    """Each part's attributes ({} if unreadable), all samples in order, why they are not one run."""
+    """The attributes of each readable part, all samples in order, why they are not one run."""
     parts, owners, findings = {}, {}, []
     for path in find_parts(paths):
         try:
-            part, names = read_part(path)
+            with h5py.File(path) as file:
+                part = {name: np.asarray(value).tolist() for name, value in file.attrs.items()}
+                rows = {name: int(file.require_group(name).attrs.get("row", -1)) for name in file}
+            list_vectors(part)  # which raises where an attribute that it needs is missing
         except UNREADABLE as error:
-            parts[path] = {}
             findings.append((f"{path}: cannot be read as a part: {error}", []))
             continue
-        first = next(filter(None, parts.values()), part)
-        expected = first | {"num_samples": len(names)}
-        findings += [(f"{path}: {what}", []) for what in compare_settings(part, expected)]
-        twice = [unquote(name) for name in names if name in owners]
+        parts[path] = part
+        expected = next(iter(parts.values())) | {"num_samples": len(rows)}
+        compared = (part.keys() | expected.keys()) - VARYING
+        is_pinned = re.fullmatch("[0-9a-f]{40,64}", str(part.get("model_revision")))
+        if is_pinned and part["model_revision"] == expected.get("model_revision"):
+            compared.discard("model_name")  # the same weights, by another path
+        for key in sorted(compared):
+            if part.get(key) != expected.get(key):
+                what = f"{key} is {part.get(key)!r}, not {expected.get(key)!r}"
+                findings.append((f"{path}: {what}", []))
+        twice = [unquote(name) for name in rows if name in owners]
         if twice:
             findings.append((f"{path}: question_id is there twice", twice))
-        for name in names:
+        for name in sorted(rows, key=rows.get):
             owners.setdefault(name, path)
-        parts[path] = part
     return parts, [(path, name) for name, path in owners.items()], findings
-
-
-def compare_settings(part: dict, expected: dict) -> Iterator[str]:
-    """Attributes that differ though all parts of a run have the same."""
-    compared = (part.keys() | expected.keys()) - VARYING
-    revision = str(part.get("model_revision"))
-    if re.fullmatch("[0-9a-f]{40,64}", revision) and revision == expected.get("model_revision"):
-        compared.discard("model_name")  # the same weights, by another path
-    for key in sorted(compared):
-        if part.get(key) != expected.get(key):
-            yield f"{key} is {part.get(key)!r}, not {expected.get(key)!r}"
 
 
 def open_run(paths: Paths) -> tuple[dict[Path, dict], Samples]:
     """Each part's attributes, all samples in order. Raises ValueError if they are not one run."""
     parts, samples, findings = scan_parts(paths)
-    if not parts:
-        raise ValueError("no part files")
-    for what, _ in findings:
-        raise ValueError(what)
+    if findings or not parts:
+        raise ValueError(findings[0][0] if findings else "no part files")
     return parts, samples
 
 
-def list_vectors(part: dict) -> dict[str, int]:
-    """The data sets of vectors that each sample of a part has, and their lengths."""
-    layered = [f"{kind}/layer_{layer}" for kind in KINDS for layer in part["layers"]]
-    return {VISION: part["vision_hidden_size"], **dict.fromkeys(layered, part["hidden_size"])}
-
-
-def choose_vectors(part: dict, kind: str | None = None, layer: int | None = None) -> dict[str, int]:
-    """The vectors of a representation, of a layer, of both, or all; and their lengths."""
-    there = list_vectors(part)
+def list_vectors(part: dict, kind: str | None = None, layer: int | None = None) -> Vectors:
+    """A sample's vectors, of one representation or layer if it is given, and their lengths."""
+    layered = [f"{name}/layer_{i}" for name in KINDS for i in part["layers"]]
+    widths = {VISION: part["vision_hidden_size"], **dict.fromkeys(layered, part["hidden_size"])}
     chosen = {}
-    for name, width in there.items():
-        is_kind = kind is None or name.partition("/")[0] == kind
-        if is_kind and (layer is None or name.endswith(f"/layer_{layer}")):
+    for name, width in widths.items():
+        if kind in (None, name.partition("/")[0]) and layer in (None, layer_of(name)):
             chosen[name] = width
     if not chosen:
-        names = ", ".join(fold_layers(there))
-        raise ValueError(f"no layer {layer} of {kind or 'any kind'}; there is {names}")
+        layers = one_line(part["layers"], 40)
+        there = f"there are {VISION}, {', '.join(KINDS)}, layers {layers}"
+        raise ValueError(f"no layer {layer} of {kind or 'any representation'}; {there}")
     return chosen
-
-
-def pick_layers(vectors: dict[str, int]) -> tuple[dict[str, int], str]:
-    """Vectors of no more than five layers, where there are many, and a note that says so."""
-    layers = sorted({layer_of(name) for name in vectors} - {None})
-    count = len(layers)
-    if count <= MAX_LAYERS:
-        return vectors, ""
-    picked = [layers[k] for k in (0, count // 4, count // 2, 3 * count // 4, count - 1)]
-    named = ", ".join(map(str, picked))
-    kept = {n: width for n, width in vectors.items() if layer_of(n) in (None, *picked)}
-    return kept, f"layers {named} of {count}; --layer I for another"
 
 
 def layer_of(name: str) -> int | None:
@@ -167,19 +129,16 @@ def layer_of(name: str) -> int | None:
     return int(layer) if layer else None
 
 
-def fold_layers(names: Iterable[str]) -> dict[str, list[str]]:
-    """Data sets by how they are listed: many layers of one kind are a range."""
-    folded = {}
-    for kind, group in itertools.groupby(names, key=lambda name: name.partition("/")[0]):
-        members = list(group)
-        layers = [layer_of(name) for name in members]
-        if len(members) <= MAX_LAYERS:
-            folded |= {name: [name] for name in members}
-        elif layers == list(range(layers[0], layers[0] + len(layers))):
-            folded[f"{kind}/layer_{{{layers[0]}..{layers[-1]}}}"] = members
-        else:
-            folded[f"{kind}/layer_{{{layers[0]},{layers[1]},..,{layers[-1]}}}"] = members
-    return folded
+def pick_layers(vectors: Vectors) -> tuple[Vectors, str]:
+    """Vectors of no more than five layers, where there are many, and a note that says so."""
+    layers = sorted({layer_of(name) for name in vectors} - {None})
+    if len(layers) <= MAX_LAYERS:
+        return vectors, ""
+    count = len(layers)
+    picked = [layers[k] for k in (0, count // 4, count // 2, 3 * count // 4, count - 1)]
+    kept = {name: width for name, width in vectors.items() if layer_of(name) in (None, *picked)}
+    named = ", ".join(map(str, picked))
+    return kept, f"; layers {named} of {len(layers)}; --layer I for another"
 
 
 def read(group: h5py.Group, name: str, width: int | None = None) -> np.ndarray | str:
@@ -206,22 +165,17 @@ def each(samples: Samples, function: Callable, *args) -> Iterator:
                     raise ValueError(f"{path}, {unquote(name)!r}: {error.args[-1]}") from error
 
 
-def read_record(group: h5py.Group) -> dict:
-    """A sample's texts, its attributes, and the log-probabilities of its answer's tokens."""
-    record = {name: read(group, name) for name in TEXTS} | dict(group.attrs)
-    if LOGPROBS in group:
-        record[LOGPROBS] = group[LOGPROBS][()].tolist()
-    return record
-
-
 def read_texts(samples: Samples) -> pd.DataFrame:
     """question_id, texts and attributes, in the order of `samples`, without what no sample has."""
-    records = list(each(samples, read_record))
-    columns = ["question_id", *TEXTS, *COUNTS, "answer_truncated"]
-    added = ["image_sha256", ENTROPY, LOGPROBS]  # by schema version 2
-    columns += [name for name in added if any(name in record for record in records)]
-    table = pd.DataFrame(records, columns=columns)
-    return table.assign(question_id=[unquote(name) for _, name in samples])
+    columns = [*TEXTS, *COUNTS, "answer_truncated", "image_sha256", ENTROPY, LOGPROBS]
+
+    def read_record(group: h5py.Group) -> dict:
+        stored = {LOGPROBS: group[LOGPROBS][()].tolist()} if LOGPROBS in group else {}
+        return {name: read(group, name) for name in TEXTS} | dict(group.attrs) | stored
+
+    table = pd.DataFrame(each(samples, read_record), columns=columns)
+    table.insert(0, "question_id", [unquote(name) for _, name in samples])
+    return table.dropna(axis=1, how="all") if samples else table
 
 
 def read_matrix(samples: Samples, vector: str, width: int) -> np.ndarray:
@@ -233,30 +187,32 @@ def read_matrix(samples: Samples, vector: str, width: int) -> np.ndarray:
 def load_embeddings(
     paths: Paths, representation: str, layer: int | None = None
 ) -> tuple[pd.DataFrame, np.ndarray]:
-    """All samples' texts and attributes, and one vector of each: float32 [num_samples, D].
+    """A DataFrame of texts and attributes, and one vector of each: float32 [num_samples, D].
 
     `paths` are files or directories; `vision_representation` has no layer. Raises ValueError.
     """
     parts, samples = open_run(paths)
-    vectors = choose_vectors(next(iter(parts.values())), representation, layer)
+    vectors = list_vectors(next(iter(parts.values())), representation, layer)
     if len(vectors) > 1:
-        raise ValueError(f"{representation}: say which layer of {', '.join(fold_layers(vectors))}")
+        raise ValueError(f"{representation}: say which layer, as in {', '.join([*vectors][:5])}")
     return read_texts(samples), read_matrix(samples, *vectors.popitem())
 
 
 def read_table(path: Path, *columns: tuple[str, ...]) -> pd.DataFrame:
     """Columns of a CSV by question_id, text as it stands; each by the first name that is there."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            table = pd.read_csv(file, index_col="question_id", dtype=str, na_filter=False)
+        table = pd.read_csv(path, index_col="question_id", dtype=str, na_filter=False)
     except UNREADABLE as error:
         raise ValueError(f"{path} cannot be read: {error.args[-1]}") from error
     if not table.index.is_unique:
         raise ValueError(f"{path}: a question_id is there twice")
-    chosen = [next((name for name in names if name in table), None) for names in columns]
-    if None in chosen:
-        missing = " or ".join(columns[chosen.index(None)])
-        raise ValueError(f"{path} has no column {missing}; it has {', '.join(table.columns)}")
+    chosen = []
+    for names in columns:
+        there = [name for name in names if name in table]
+        if not there:
+            missing = " or ".join(names)
+            raise ValueError(f"{path} has no column {missing}; it has {', '.join(table)}")
+        chosen.append(there[0])
     return table[chosen]
 
 
@@ -283,9 +239,7 @@ def summarise(matrix: np.ndarray) -> dict[str, float | None]:
 def describe_sample(group: h5py.Group, vectors: Iterable[str]) -> dict[str, str]:
     """What a sample holds: types, shapes and compression as they are in the file."""
     tree = dict.fromkeys(TEXTS, "text") | {LINK: f"-> {VISION}"}
-    if LOGPROBS in group:
-        vectors = [LOGPROBS, *vectors]
-    for name in vectors:
+    for name in [LOGPROBS, *vectors] if LOGPROBS in group else vectors:
         dataset = group[name]
         is_short = dataset.id.get_type().get_size() < dataset.dtype.itemsize
         dtype = "bfloat16" if is_short else dataset.dtype  # which h5py reads as float32
@@ -296,48 +250,32 @@ def describe_sample(group: h5py.Group, vectors: Iterable[str]) -> dict[str, str]
 def count_failed(paths: Iterable[Path]) -> tuple[int, list[str]]:
     """How many rows `failed_samples.csv` beside the parts list, and which cannot be read."""
     count, unreadable = 0, []
+    as_left = {"usecols": ["question_id"], "index_col": False, "encoding_errors": "replace"}
     for path in sorted({path.with_name("failed_samples.csv") for path in paths}):
-        if not path.exists():
-            continue
         try:
-            with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-                rows = [row for row in csv.reader(file, strict=True) if row]
-            if "question_id" not in rows[0]:
-                raise ValueError("no column question_id")
-            count += len(rows) - 1
-        except (OSError, IndexError, ValueError, csv.Error):
+            count += len(pd.read_csv(path, **as_left)) if path.exists() else 0
+        except (OSError, ValueError):
             unreadable.append(str(path))
     return count, unreadable
 
 
-def describe_run(parts: dict[Path, dict], samples: Samples) -> dict:
-    """What was run: files, counts and settings; of settings that vary, all parts' values."""
-    num_failed, unreadable = count_failed(parts)
+def describe(parts: dict, samples: Samples, drawn: Samples, vectors: Vectors) -> dict:
+    """What was run (a setting that varies is a list), a sample, figures of those drawn."""
     settings = {}
     for name in next(iter(parts.values())):
         values = [part.get(name) for part in parts.values()]
-        settings[name] = values[0] if values == values[:1] * len(values) else values
+        settings[name] = values[0] if values.count(values[0]) == len(values) else values
+    figured = vectors.items() if drawn else ()
+    num_failed, unreadable = count_failed(parts)
     return {
         "files": list(map(str, parts)),
         "num_samples": len(samples),
         "num_failed": num_failed,
         "unreadable": unreadable,
         "settings": settings,
-    }
-
-
-def describe_vectors(drawn: Samples, vectors: dict[str, int], with_all_layers: bool) -> dict:
-    """What a sample holds, and the figures of the vectors of those that were drawn."""
-    summarised, note = (vectors, "") if with_all_layers else pick_layers(vectors)
-    figures = {}
-    for name, width in summarised.items():
-        if drawn:
-            figures[name] = summarise(read_matrix(drawn, name, width))
-    return {
         "sample": next(each(drawn[:1], describe_sample, vectors), {}),
         "num_samples_read": len(drawn),
-        "layers_read": note,
-        "figures": figures,
+        "figures": {name: summarise(read_matrix(drawn, name, width)) for name, width in figured},
     }
 
 
@@ -349,25 +287,26 @@ def one_line(value: object, width: int = sys.maxsize) -> str:
     return f"{text[:end]}…" if (used > width).any() else text
 
 
-def show(facts: dict, width: int) -> Iterator[str]:
-    """The lines that say the facts in 80 columns; `width` cuts what need not be whole."""
-    files = facts["files"]
+def show(facts: dict, note: str, width: int) -> Iterator[str]:
+    """The facts in lines of 80 columns; `width` cuts what need not be whole."""
+    files, total, num_read = facts["files"], facts["num_samples"], facts["num_samples_read"]
     yield files[0] if len(files) == 1 else f"{files[0]} ...\n{files[-1]}"
-    counts = f"parts: {len(files)}, samples: {facts['num_samples']:,}"
-    yield f"{counts}, failed: {facts['num_failed']:,}"
+    yield f"parts: {len(files)}, samples: {total:,}, failed: {facts['num_failed']:,}"
     for path in facts["unreadable"]:
         yield f"{path} cannot be read, so its rows are not counted"
     yield ""
     for name, value in facts["settings"].items():
         yield f"{name:<22}{one_line(str(value).strip('[]'), width)}"
     yield ""
-    tree = facts["sample"]
-    folded = fold_layers(tree)
-    column = max(38, *(len(name) + 2 for name in folded), 0)
-    for name, members in folded.items():
-        yield f"{name:<{column}}{' or '.join(dict.fromkeys(tree[member] for member in members))}"
-    yield ""
-    yield from show_figures(facts)
+    for name, kind in facts["sample"].items():
+        yield f"{name:<38}{kind}"
+    drawn = ", drawn at random" if num_read < total else ""
+    yield f"\nfigures of {num_read:,} samples{drawn}{note}"
+    yield f"{'':36}  dim  mean L2   sd L2 max |x|   bad  cosine"
+    for name, figures in facts["figures"].items():
+        dim, *sizes, bad, cosine = (np.nan if x is None else x for x in figures.values())
+        cells = "".join(f"{size:8.0f}" if size >= 1000 else f" {size:7.4g}" for size in sizes)
+        yield f"{name:<36}{dim:>5} {cells}{bad:6.1%}{cosine:8.4f}"
     for sample in facts["samples"]:
         yield ""
         yield one_line(f"{sample['question_id']}  {sample['image_id']}", 80)
@@ -375,160 +314,95 @@ def show(facts: dict, width: int) -> Iterator[str]:
             yield f"  {name:<20}{one_line(sample[name], width)}"
 
 
-def show_figures(facts: dict) -> Iterator[str]:
-    """The table of figures, a line for each data set."""
-    total, num_read = facts["num_samples"], facts["num_samples_read"]
-    drawn = ", drawn at random" if num_read < total else ""
-    layers = f"; {facts['layers_read']}" if facts["layers_read"] else ""
-    yield f"figures of {num_read:,} samples{drawn}{layers}"
-    yield f"{'':36}  dim  mean L2   sd L2 max |x|   bad  cosine"
-    for name, figures in facts["figures"].items():
-        dim, *sizes, bad, cosine = (np.nan if x is None else x for x in figures.values())
-        cells = "".join(f"{size:8.0f}" if size >= 1000 else f" {size:7.4g}" for size in sizes)
-        yield f"{name:<36}{dim:>5} {cells}{bad:6.1%}{cosine:8.4f}"
-
-
 # ─────────────────────────────────────────── verify ────────────────────────────────────────────
 def verify(paths: list[Path], csv_path: Path | None) -> tuple[int, list[str]]:
     """The exit status, and a line for everything that is wrong with parts, or unlike the CSV."""
     parts, samples, findings = scan_parts(paths)
     vectors = {}
-    for part in filter(None, parts.values()):
+    for part in parts.values():
         vectors |= list_vectors(part)
     columns = ["path", "question_id", "problems", "row", "image_sha256", *TEXTS, *vectors]
     checked = pd.DataFrame(each(samples, check_sample, parts), columns=columns)
-    findings += find_gaps(paths, parts)
-    findings += find_problems(checked)
-    findings += find_constants(checked, list(vectors))
-    findings += find_changed_images(checked)
+    findings += find_gaps(paths)
+    findings += find_in_samples(checked, list(vectors))
     if csv_path:
         findings += find_unlike_csv(checked, csv_path)
     lines = []
     for what, ids in findings:
         named = f" ({len(ids):,}: {', '.join(map(repr, ids[:3]))})" if ids else ""
         lines.append(one_line(what) + named)
-    if not lines:
-        return 0, [f"nothing wrong with {len(samples):,} samples"]
-    return 1, lines
+    return int(bool(lines)), lines or [f"nothing wrong with {len(samples):,} samples"]
 
 
 def check_sample(group: h5py.Group, parts: dict[Path, dict]) -> dict:
     """A sample's texts, a hash of each vector, and the problems with it."""
-    path = Path(group.file.filename)
-    attributes = dict(group.attrs)
-    name = unquote(group.name[1:])
-    members, problems = read_members(group, parts[path])
-    if "crc32" in attributes and not problems:
-        problems += find_bad_crc(members, attributes["crc32"])
-    problems += find_attribute_problems(attributes, name, parts[path])
-    problems += find_bad_values(members)
-    if LOGPROBS in members:
-        problems += find_bad_logprobs(members[LOGPROBS], attributes)
-    for member, value in members.items():
-        if isinstance(value, np.ndarray):
-            members[member] = hash(value.tobytes())
+    path, name, attributes = Path(group.file.filename), unquote(group.name[1:]), dict(group.attrs)
+    part = parts[path]
+    widths = dict.fromkeys(TEXTS) | list_vectors(part) | {LINK: part["vision_hidden_size"]}
+    expected = {"question_id", "answer_truncated", *COUNTS}
+    if part.get("schema_version", 1) >= 2:
+        expected |= {"image_sha256", "crc32"}
+        if part.get("max_new_tokens", 0) > 0:
+            expected |= {ENTROPY}
+            widths[LOGPROBS] = len(group[LOGPROBS]) if LOGPROBS in group else 0
+    problems = [f"{attribute} is missing" for attribute in sorted(expected - attributes.keys())]
+    members = {}
+    for member, width in widths.items():
+        try:
+            members[member] = read(group, member, width)
+        except UNREADABLE as error:
+            problems.append(f"{member}: {error.args[-1]}")
+    vectors = {member: members[member] for member in members.keys() - set(TEXTS)}
+    if not problems:
+        problems = list(find_problems(name, attributes, vectors))
+    members |= {member: hash(vector.tobytes()) for member, vector in vectors.items()}
     where = {"path": path, "question_id": name, "problems": problems}
     return where | {key: attributes.get(key) for key in ("row", "image_sha256")} | members
 
 
-def read_members(group: h5py.Group, part: dict) -> tuple[dict, list[str]]:
-    """A sample's texts and vectors by name, and a problem for each that cannot be read."""
-    members, problems = {}, []
-    widths = dict.fromkeys(TEXTS) | list_vectors(part) | {LINK: part["vision_hidden_size"]}
-    if has_logprobs(part):
-        widths[LOGPROBS] = len(group[LOGPROBS]) if LOGPROBS in group else 0
-    for name, width in widths.items():
-        try:
-            members[name] = read(group, name, width)
-        except UNREADABLE as error:
-            problems.append(f"{name}: {error.args[-1]}")
-    return members, problems
-
-
-def has_logprobs(part: dict) -> bool:
-    """Whether a part's samples hold what schema version 2 keeps of the answers."""
-    return part.get("schema_version", 1) >= 2 and part.get("max_new_tokens", 0) > 0
-
-
-def find_attribute_problems(attributes: dict, name: str, part: dict) -> Iterator[str]:
-    """Attributes that are missing, or that say another thing than they must."""
-    expected = {"question_id", "answer_truncated", *COUNTS}
-    if part.get("schema_version", 1) >= 2:
-        expected |= {"image_sha256", "crc32"}
-    if has_logprobs(part):
-        expected.add(ENTROPY)
-    for member in sorted(expected - attributes.keys()):
-        yield f"{member} is missing"
-    if str(attributes.get("question_id", name)) != name:
-        yield "question_id differs"
-    if not 0 <= attributes.get(ENTROPY, 0) < np.inf:
-        yield f"{ENTROPY} is {attributes[ENTROPY]}"
-
-
-def find_bad_values(members: dict) -> Iterator[str]:
-    """Vectors that no model gives."""
-    for name, value in members.items():
-        if not isinstance(value, np.ndarray):
-            continue
-        if not np.isfinite(value).all():
-            yield f"{name}: not finite"
-        elif name != LOGPROBS and (value == value[0]).all():
-            yield f"{name}: only one value"
-
-
-def find_bad_logprobs(logprobs: np.ndarray, attributes: dict) -> Iterator[str]:
-    """Log-probabilities of another number of tokens than were generated, or above 0."""
-    if {"num_answer_tokens", "answer_truncated"} <= attributes.keys():
-        num_end_tokens = 0 if attributes["answer_truncated"] else 1
-        expected = attributes["num_answer_tokens"] + num_end_tokens
-        if len(logprobs) != expected:
-            yield f"{LOGPROBS}: {len(logprobs)} of them, not {expected}"
-    if (logprobs > 0).any():
-        yield f"{LOGPROBS}: above 0"
-
-
-def find_bad_crc(members: dict, expected: int) -> Iterator[str]:
-    """A checksum that is not that of the vectors: bits have turned since they were written."""
+def find_problems(name: str, attributes: dict, vectors: dict[str, np.ndarray]) -> Iterator[str]:
+    """What cannot be so in a sample that is complete."""
+    logprobs, entropy = vectors.get(LOGPROBS), attributes.get(ENTROPY, 0)
+    num_end_tokens = 0 if attributes["answer_truncated"] else 1
+    num_tokens = attributes["num_answer_tokens"] + num_end_tokens
     crc = 0
-    for name in sorted(members.keys() - {LINK}):
-        if isinstance(members[name], np.ndarray):
-            crc = zlib.crc32(members[name].astype("<f4").tobytes(), crc)
-    if crc != expected:
-        yield "crc32 is not that of the vectors"
+    for member in sorted(vectors.keys() - {LINK}):
+        crc = zlib.crc32(vectors[member].astype("<f4").tobytes(), crc)
+    checks = [
+        ("crc32 is not that of the vectors", attributes.get("crc32", crc) != crc),
+        ("question_id differs", str(attributes["question_id"]) != name),
+        (f"{ENTROPY} is {entropy}", not 0 <= entropy < np.inf),
+    ]
+    for member, vector in vectors.items():
+        checks.append((f"{member}: not finite", not np.isfinite(vector).all()))
+        if member != LOGPROBS:
+            checks.append((f"{member}: only one value", (vector == vector[0]).all()))
+    if logprobs is not None:
+        number = f"{LOGPROBS}: {len(logprobs)} of them, not {num_tokens}"
+        checks.append((number, len(logprobs) != num_tokens))
+        checks.append((f"{LOGPROBS}: above 0", (logprobs > 0).any()))
+    return (problem for problem, is_so in checks if is_so)
 
 
-def find_gaps(paths: list[Path], parts: dict[Path, dict]) -> Iterator[Finding]:
-    """Numbers that no part has: from 1 on in a directory that was named, else between parts."""
-    numbers = {}
-    for path in map(Path.resolve, parts):
-        number = path.stem.rpartition("_")[2]
-        if number.isdecimal():
-            numbers.setdefault(path.parent, set()).add(int(number))
-    whole = set(map(Path.resolve, paths))
-    for directory, present in numbers.items():
-        start = 1 if directory in whole else min(present)
-        for number in sorted(set(range(start, max(present))) - present):
+def find_gaps(directories: list[Path]) -> Iterator[Finding]:
+    """Numbers of parts, from 1 on, that a directory has not."""
+    for directory in filter(Path.is_dir, directories):
+        numbers = {path.stem.rpartition("_")[2] for path in find_parts(directory)}
+        present = set(map(int, filter(str.isdecimal, numbers)))
+        for number in sorted(set(range(1, max(present, default=0))) - present):
             yield f"{directory}: part {number} is missing", []
 
 
-def find_problems(checked: pd.DataFrame) -> Iterator[Finding]:
-    """The samples' own problems, each once for a part."""
+def find_in_samples(checked: pd.DataFrame, vectors: list[str]) -> Iterator[Finding]:
+    """The samples' own problems by part, and what shows only in many of them."""
     by_problem = checked.explode("problems").groupby(["path", "problems"], sort=False)
     for (path, problem), ids in by_problem["question_id"]:
         yield f"{path}: {problem}", list(ids)
-
-
-def find_constants(checked: pd.DataFrame, vectors: list[str]) -> Iterator[Finding]:
-    """Vectors that are the same throughout a part, though what they depend on is not."""
     for path, num_values in checked.groupby("path")[[*TEXTS, *vectors]].nunique().iterrows():
         for vector in vectors:
             inputs = ["image_id"] if "vision" in vector else ["image_id", "question"]
             if num_values[vector] == 1 < num_values[inputs].max():
                 yield f"{path}: {vector} is the same in all samples", []
-
-
-def find_changed_images(checked: pd.DataFrame) -> Iterator[Finding]:
-    """Images of which samples with different files' hashes are stored."""
     for image_id, group in checked.groupby("image_id", sort=False):
         if group["image_sha256"].nunique() > 1:
             ids = list(group["question_id"])
@@ -544,19 +418,19 @@ def find_unlike_csv(checked: pd.DataFrame, csv_path: Path) -> Iterator[Finding]:
     stored = checked.dropna(subset=TEXTS).set_index("question_id")
     stored = stored[rows.columns].map(str)
     rows, stored = rows.align(stored, axis=0)
-    both = rows["row"].notna() & stored["row"].notna()
+    absent, alone = stored["row"].isna(), rows["row"].isna()
+    findings = {}
     for column in rows:
-        ids = list(rows.index[both & rows[column].ne(stored[column])])
-        if ids:
-            yield f"{csv_path}: {column} is another here", ids
-    for what, absent in (("not in the parts", stored), ("in the parts but not here", rows)):
-        ids = list(rows.index[absent["row"].isna()])
-        if ids:
-            yield f"{csv_path}: {what}", ids
+        differs = rows[column].ne(stored[column])
+        findings[f"{column} is another here"] = differs & ~absent & ~alone
+    findings |= {"not in the parts": absent, "in the parts but not here": alone}
+    for what, is_so in findings.items():
+        if is_so.any():
+            yield f"{csv_path}: {what}", list(rows.index[is_so])
 
 
-# ─────────────────────────────────────────── export ────────────────────────────────────────────
-def export(path: Path, samples: Samples, vectors: dict[str, int]) -> Iterator[str]:
+# ─────────────────────────────────────── export and plot ───────────────────────────────────────
+def export(path: Path, samples: Samples, vectors: Vectors) -> Iterator[str]:
     """Write the texts (.csv), or texts and matrices (.npz), all in one order; what it holds."""
     texts = read_texts(samples)[["question_id", *TEXTS]]
     arrays = {name: texts[name].to_numpy(str) for name in texts}
@@ -570,7 +444,6 @@ def export(path: Path, samples: Samples, vectors: dict[str, int]) -> Iterator[st
         yield f"{name:<38}{array.dtype} {list(array.shape)}"
 
 
-# ──────────────────────────────────────────── plot ─────────────────────────────────────────────
 def choose_marks(table: pd.DataFrame, field: str) -> list[tuple]:
     """Samples, and how they are drawn: numbers on a scale, or the ten most frequent texts."""
     csv_path, _, column = field.rpartition(":")
@@ -592,17 +465,6 @@ def choose_marks(table: pd.DataFrame, field: str) -> list[tuple]:
     return marks
 
 
-def find_axes(name: str, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors [num_samples, D] on their first two principal components, and these's shares."""
-    if len(matrix) < 3 or not np.isfinite(matrix).all():
-        raise ValueError(f"{name}: a plot needs 3 samples, and finite values; see --verify")
-    centred = matrix - matrix.mean(axis=0, dtype=np.float64)
-    variances, units = np.linalg.eigh(centred @ centred.T)  # ascending
-    points = (units * np.sqrt(variances.clip(0)))[:, :-3:-1]  # [num_samples, 2]
-    shares = variances[:-3:-1] / max(variances.sum(), np.finfo(float).tiny)
-    return points, shares
-
-
 def new_figure(width: float, height: float) -> "matplotlib.figure.Figure":  # noqa: F821
     """An empty figure of so many inches."""
     import matplotlib.figure
@@ -613,7 +475,7 @@ def new_figure(width: float, height: float) -> "matplotlib.figure.Figure":  # no
     return matplotlib.figure.Figure((width, height), layout="constrained")
 
 
-def plot(path: Path, samples: Samples, total: int, vectors: dict[str, int], field: str) -> list:
+def plot(path: Path, samples: Samples, total: int, vectors: Vectors, field: str) -> list:
     """Plot these of `total` samples on two principal components, a panel for each data set."""
     vectors, note = pick_layers(vectors)
     names = sorted(vectors, key=lambda name: name == VISION)  # it has no layers: last
@@ -624,7 +486,13 @@ def plot(path: Path, samples: Samples, total: int, vectors: dict[str, int], fiel
     shown = f"{len(samples):,} of {total:,} samples"
     figure.suptitle(f"Principal components 1 and 2\n{shown}")
     for position, name in enumerate(names, start=1):
-        points, shares = find_axes(name, read_matrix(samples, name, vectors[name]))
+        matrix = read_matrix(samples, name, vectors[name])
+        if len(matrix) < 3 or not np.isfinite(matrix).all():
+            raise ValueError(f"{name}: a plot needs 3 samples, and finite values; see --verify")
+        centred = matrix - matrix.mean(axis=0, dtype=np.float64)
+        variances, units = np.linalg.eigh(centred @ centred.T)  # ascending
+        points = (units * np.sqrt(variances.clip(0)))[:, :-3:-1]  # [num_samples, 2]
+        shares = variances[:-3:-1] / max(variances.sum(), np.finfo(float).tiny)
         title = f"{name}/{shares[0]:.1%} + {shares[1]:.1%} of variance".replace("/", "\n")
         axes = figure.add_subplot(rows, columns, position, xticks=[], yticks=[], title=title)
         for mask, mark in marks:
@@ -634,27 +502,27 @@ def plot(path: Path, samples: Samples, total: int, vectors: dict[str, int], fiel
     else:
         figure.colorbar(axes.collections[0], ax=figure.axes, label=label, shrink=0.6)
     figure.savefig(path, dpi=150)
-    return [f"{path}: {len(names)} panels of {shown}{'; ' if note else ''}{note}"]
+    return [f"{path}: {len(names)} panels of {shown}{note}"]
 
 
 # ──────────────────────────────────────────── probe ────────────────────────────────────────────
 NUM_FOLDS, MIN_FOLDS, SEED = 5, 3, 0
 STRENGTHS = (0.03, 0.3, 3, 30)  # C times the mean squared length of a sample's features
 NUM_SHUFFLES = 5
-MAX_EPOCHS, PATIENCE = 100, 5  # of the multi-layer perceptron
 PROBES = {
     "linear": "logistic regression, standardised vectors; C chosen on the other folds",
-    "mlp": "MLP 512-256-128, standardised vectors; stopped by one of the other folds",
+    "mlp": "MLP 512-256-128, standardised vectors; stopped by a tenth of the other folds",
 }
-LIKELIHOODS = {"mean answer log-probability": np.mean, "least answer log-probability": np.min}
-DASHES = [(9, 0), (1, 1), (4, 1.5), (4, 1.5, 1, 1.5), (9, 3), (2, 4), (1, 5)]  # of level lines
+DASHES = ["-", "--", ":", "-.", "--", ":", "-."]  # of what has no layers
 NUMBERS = "none one two three four five six seven eight nine ten".split()
 DIGITS = {word: str(number) for number, word in enumerate(NUMBERS)} | {"zero": "0"}
 ANSWER_IS_WRONG = "answer_is_wrong"
 RULE = """\
-wrong is an answer in which the ground truth does not stand as whole words, both normalised as VQA
-accuracy does: case, punctuation, articles, number words. Where the ground truth is yes or no (also
-spelt "n, o"), the first yes or no in the answer counts, and an answer with neither is wrong."""
+         wrong is an answer in which the ground truth does not stand as whole
+         words, both normalised as VQA accuracy does: case, punctuation,
+         articles, number words. Where the ground truth is yes or no (also spelt
+         "n, o"), the first yes or no in the answer counts; with neither an
+         answer is wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -665,20 +533,15 @@ class Task:
     images: np.ndarray  # str [num_samples]
     folds: list[np.ndarray]  # the places of the samples in each, all about images of its own
 
-    def outside(self, *left_out: int) -> np.ndarray:
-        """The places of the samples in all other folds."""
-        kept = [fold for number, fold in enumerate(self.folds) if number not in left_out]
-        return np.concatenate(kept)
-
-
-Features = Callable[..., list]  # (places to fit on, *places) -> their features, in that order
+    def has_both_classes(self) -> bool:
+        """Whether each fold has an AUROC."""
+        return all(0 < self.labels[fold].mean() < 1 for fold in self.folds)
 
 
 def normalise(text: str) -> str:
     """Words as VQA accuracy compares them (Antol et al. 2015, vqaEval.py), a space between."""
     text = unicodedata.normalize("NFKC", text).lower()
-    text = re.sub("['’]", "", text)  # don't and dont are one word
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
+    text = re.sub(r"['’]|(?<=\d),(?=\d{3}\b)", "", text)  # don't is dont, and 1,000 is 1000
     words = re.findall(r"\d+\.\d+|[^\W_]+", text)
     return " ".join(DIGITS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
@@ -695,15 +558,13 @@ def is_wrong(answer: str, ground_truth: str) -> bool | None:
     return f" {truth} " not in f" {answer} "
 
 
-def read_labels(
-    table: pd.DataFrame, label: str, above: float | None
-) -> tuple[pd.Series, list[str]]:
+def read_labels(table: pd.DataFrame, label: str, above: float | None) -> tuple[pd.Series, list]:
     """1, 0 or NaN (none) for each sample, and what 0 and 1 are called. Raises ValueError."""
     if label == ANSWER_IS_WRONG:
         if not table["answer"].any():
             raise ValueError(f"{label}: no answers are stored (--max-new-tokens 0)")
-        pairs = zip(table["answer"], table["ground_truth_answer"])
-        return pd.Series([is_wrong(*pair) for pair in pairs], dtype=float), ["right", "wrong"]
+        wrong = map(is_wrong, table["answer"], table["ground_truth_answer"])
+        return pd.Series(wrong, dtype=float), ["right", "wrong"]
     csv_path, _, column = label.rpartition(":")
     texts = read_table(Path(csv_path), (column,))[column].reindex(table["question_id"])
     texts = texts.str.strip().replace("", np.nan).reset_index(drop=True)
@@ -717,16 +578,9 @@ def read_labels(
     values = sorted(texts.dropna().unique(), key=float if is_numeric else str)
     if len(values) > 2:
         named = ", ".join(repr(one_line(value, 20)) for value in values[:5])
-        advice = "; of numbers, --above X makes two" if is_numeric else ""
-        raise ValueError(f"{label}: a label has two values, not {len(values):,} ({named}){advice}")
+        what = f"a label has two values, not {len(values):,} ({named})"
+        raise ValueError(f"{label}: {what}; of numbers, --above X makes two")
     return texts.map({value: float(value == values[-1]) for value in values}), values
-
-
-def name_images(table: pd.DataFrame) -> np.ndarray:
-    """Each sample's image, by one name where a file is stored under several."""
-    if "image_sha256" not in table:
-        return table["image_id"].to_numpy(str)
-    return table.groupby("image_sha256")["image_id"].transform("first").to_numpy(str)
 
 
 def split_by_image(labels: np.ndarray, images: np.ndarray) -> list[np.ndarray]:
@@ -737,190 +591,114 @@ def split_by_image(labels: np.ndarray, images: np.ndarray) -> list[np.ndarray]:
     for count in range(min(NUM_FOLDS, *num_images), MIN_FOLDS - 1, -1):
         splitter = StratifiedGroupKFold(count, shuffle=True, random_state=SEED)
         folds = [test for _, test in splitter.split(images, labels, images)]
-        if all(0 < labels[fold].mean() < 1 for fold in folds):
+        if Task(labels, images, folds).has_both_classes():
             return folds
     raise ValueError(
-        f"too few samples for a probe: {len(labels):,} about {len(set(images)):,} images, "
-        f"{num_images[0]:,} and {num_images[1]:,} of them with a sample of each class; "
-        f"each of {MIN_FOLDS} folds or more needs both classes, and images of its own"
+        f"too few samples for a probe: {(~labels).sum():,} of one class, about {num_images[0]:,} "
+        f"images, and {labels.sum():,} of the other, about {num_images[1]:,}; each of "
+        f"{MIN_FOLDS} folds or more needs both, and images of its own"
     )
 
 
-def standardise(matrix: np.ndarray) -> Features:
-    """Vectors [num_samples, D] with mean 0 and variance 1, as those to fit on have them."""
+def describe_scores(aurocs: list[float]) -> dict:
+    """A cell of the table: AUROC in each fold, their mean and their standard deviation."""
+    return {"auroc": aurocs, "mean": float(np.mean(aurocs)), "sd": float(np.std(aurocs, ddof=1))}
+
+
+def make_probe(inputs: np.ndarray, model: str, strengths: list[float], folds: list[np.ndarray]):
+    """A probe of vectors [num_samples, D] or of texts, to be fitted on these folds in their order.
+
+    Logistic regression is first fitted without one or the other of two, to choose the strength.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, PredefinedSplit
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    def features(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
-        first = matrix[train]
-        scaler = StandardScaler().fit(first)
-        rest = (matrix[places] for places in others)
-        return [scaler.transform(vectors, copy=False) for vectors in (first, *rest)]
-
-    return features
-
-
-def count_words(questions: np.ndarray) -> Features:
-    """Questions as TF-IDF of their words and punctuation marks."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    def features(train: np.ndarray, *others: np.ndarray) -> list:
-        vectorizer = TfidfVectorizer(token_pattern=r"\w+|[^\w\s]", dtype=np.float32)
-        first = vectorizer.fit_transform(questions[train])
-        return [first, *(vectorizer.transform(questions[places]) for places in others)]
-
-    return features
+    if inputs.ndim == 2:
+        features, squared_length = StandardScaler(), inputs.shape[1]
+    else:
+        features, squared_length = TfidfVectorizer(token_pattern=r"\w+|[^\w\s]"), 1
+    if model == "mlp":
+        probe = MLPClassifier((512, 256, 128), early_stopping=True, random_state=SEED)
+    else:
+        grid = {"C": [strength / squared_length for strength in strengths]}
+        held_out = [0, 1] + [-1] * (len(folds) - 2)  # -1: never
+        inner = PredefinedSplit(np.repeat(held_out, [len(fold) for fold in folds]))
+        regression = LogisticRegression(max_iter=1000)
+        probe = GridSearchCV(regression, grid, scoring="roc_auc", cv=inner)
+    return make_pipeline(features, probe)
 
 
-def score(labels: np.ndarray, values: np.ndarray) -> float:
-    """AUROC of values that are higher where the label is said to be true."""
-    from sklearn.metrics import roc_auc_score
+def try_probe(task: Task, inputs: np.ndarray, model="linear", strengths=STRENGTHS) -> dict:
+    """A cell of the table: AUROC in each fold of a probe fitted on the others, and its C."""
+    from sklearn.metrics import get_scorer
 
-    return float(roc_auc_score(labels, values))
-
-
-def choose_strengths(task: Task, features: Features, scale: float) -> list[float]:
-    """For each fold the C of logistic regression that is best on the others, held out in turn.
-
-    Two folds are left out at a time. What is fitted on the rest is tried on the one, to choose for
-    the other, and the other way round: no fold has a part in its own choice.
-    """
-    from sklearn.linear_model import LogisticRegression
-
-    count = len(task.folds)
-    scores = np.full((count, count, len(STRENGTHS)), np.nan)  # [chosen for, tried on, strength]
-    for one, other in itertools.combinations(range(count), 2):
-        train = task.outside(one, other)
-        vectors, *tried = features(train, task.folds[one], task.folds[other])
-        probe = LogisticRegression(warm_start=True, tol=1e-3, max_iter=1000)
-        for k, strength in enumerate(STRENGTHS):
-            probe.set_params(C=strength / scale).fit(vectors, task.labels[train])
-            said = [probe.decision_function(held_out) for held_out in tried]
-            scores[other, one, k] = score(task.labels[task.folds[one]], said[0])
-            scores[one, other, k] = score(task.labels[task.folds[other]], said[1])
-    best = np.nanmean(scores, axis=1).argmax(axis=1)  # of equals the strongest penalty
-    return [STRENGTHS[k] / scale for k in best]
-
-
-def try_linear(task: Task, features: Features, strengths: list[float]) -> list[float]:
-    """AUROC in each fold of logistic regression fitted on the others, with C as chosen for it."""
-    from sklearn.linear_model import LogisticRegression
-
-    aurocs = []
-    for number, fold in enumerate(task.folds):
-        train = task.outside(number)
-        vectors, tried = features(train, fold)
-        probe = LogisticRegression(C=strengths[number], max_iter=1000)
-        probe.fit(vectors, task.labels[train])
-        aurocs.append(score(task.labels[fold], probe.decision_function(tried)))
-    return aurocs
-
-
-def try_mlp(task: Task, features: Features) -> list[float]:
-    """AUROC in each fold of HALP's perceptron; the next fold tells after which epoch to stop."""
-    from sklearn.neural_network import MLPClassifier
-
-    aurocs = []
-    for number, fold in enumerate(task.folds):
-        after = (number + 1) % len(task.folds)
-        train, watched = task.outside(number, after), task.folds[after]
-        vectors, watched_vectors, tried = features(train, watched, fold)
-        probe = MLPClassifier((512, 256, 128), random_state=SEED)
-        best_epoch, best_auroc, said = 0, -1.0, None
-        for epoch in range(MAX_EPOCHS):
-            probe.partial_fit(vectors, task.labels[train], classes=[False, True])
-            auroc = score(task.labels[watched], probe.predict_proba(watched_vectors)[:, 1])
-            if auroc > best_auroc:
-                best_epoch, best_auroc, said = epoch, auroc, probe.predict_proba(tried)[:, 1]
-            elif epoch - best_epoch >= PATIENCE:
-                break
-        aurocs.append(score(task.labels[fold], said))
-    return aurocs
+    aurocs, chosen = [], []
+    for fold in task.folds:
+        others = [other for other in task.folds if other is not fold]
+        train = np.concatenate(others)
+        probe = make_probe(inputs, model, strengths, others)
+        probe.fit(inputs[train], task.labels[train])
+        aurocs.append(float(get_scorer("roc_auc")(probe, inputs[fold], task.labels[fold])))
+        chosen.append(getattr(probe[-1], "best_params_", {}).get("C"))
+    return describe_scores(aurocs) | {"C": chosen}
 
 
 def try_numbers(task: Task, values: np.ndarray) -> list[float]:
     """AUROC in each fold of one number a sample, up or down as the other folds say."""
+    from sklearn.metrics import roc_auc_score
+
     aurocs = []
-    for number, fold in enumerate(task.folds):
-        train = task.outside(number)
-        sign = 1 if score(task.labels[train], values[train]) >= 0.5 else -1
-        aurocs.append(score(task.labels[fold], sign * values[fold]))
+    for fold in task.folds:
+        train = np.setdiff1d(np.arange(len(values)), fold)
+        sign = 1 if roc_auc_score(task.labels[train], values[train]) >= 0.5 else -1
+        aurocs.append(float(roc_auc_score(task.labels[fold], sign * values[fold])))
     return aurocs
-
-
-def describe_scores(aurocs: list[float]) -> dict:
-    """AUROC in each fold, their mean and their standard deviation."""
-    return {"auroc": aurocs, "mean": float(np.mean(aurocs)), "sd": float(np.std(aurocs, ddof=1))}
-
-
-def try_vectors(task: Task, features: Features, scale: float, model: str) -> dict:
-    """A cell of the table: AUROC in each fold, and the C that was chosen for it."""
-    if model == "mlp":
-        return describe_scores(try_mlp(task, features))
-    strengths = choose_strengths(task, features, scale)
-    return describe_scores(try_linear(task, features, strengths)) | {"C": strengths}
-
-
-def shuffle_labels(task: Task, rng: np.random.Generator) -> np.ndarray:
-    """The labels dealt out anew, those of an image together, so that what leaks by image shows."""
-    image = np.unique(task.images, return_inverse=True)[1]
-    taken = np.lexsort((rng.random(len(image)), rng.permutation(image.max() + 1)[image]))
-    shuffled = np.empty_like(task.labels)
-    shuffled[np.argsort(image, kind="stable")] = task.labels[taken]
-    return shuffled
-
-
-def try_shuffled(task: Task, features: Features, strengths: list[float] | None) -> dict | None:
-    """A cell with labels that tell nothing, five times; None where no fold keeps both classes."""
-    rng = np.random.default_rng(SEED)
-    aurocs = []
-    for _ in range(100 * NUM_SHUFFLES):
-        shuffled = dataclasses.replace(task, labels=shuffle_labels(task, rng))
-        if not all(0 < shuffled.labels[fold].mean() < 1 for fold in task.folds):
-            continue
-        if strengths:
-            aurocs += try_linear(shuffled, features, strengths)
-        else:
-            aurocs += try_mlp(shuffled, features)
-        if len(aurocs) == NUM_SHUFFLES * len(task.folds):
-            return describe_scores(aurocs)
-    return None
 
 
 def try_baselines(task: Task, table: pd.DataFrame) -> dict[str, dict | None]:
     """The cells of the question's text and of the answers' numbers; None where not stored."""
-    numbers = dict.fromkeys(("first-token entropy", *LIKELIHOODS, "answer length in tokens"))
-    if ENTROPY in table:
-        numbers["first-token entropy"] = table[ENTROPY]
-    if LOGPROBS in table:
-        for name, summary in LIKELIHOODS.items():
-            numbers[name] = table[LOGPROBS].map(summary)
-    if table["num_answer_tokens"].any():
-        numbers["answer length in tokens"] = table["num_answer_tokens"]
-    words = count_words(table["question"].to_numpy(str))
-    cells = {"question text alone": try_vectors(task, words, 1, "linear")}
+    logprobs = table.get(LOGPROBS, pd.Series(dtype=object))
+    lengths = table["num_answer_tokens"]
+    numbers = {
+        "first-token entropy": table.get(ENTROPY, []),
+        "mean answer log-probability": logprobs.map(np.mean),
+        "least answer log-probability": logprobs.map(np.min),
+        "answer length in tokens": lengths if lengths.any() else [],
+    }
+    cells = {"question text alone": try_probe(task, table["question"].to_numpy(str))}
     for name, values in numbers.items():
-        if values is not None and not np.isfinite(values).all():
+        values = np.asarray(values, float)
+        if not np.isfinite(values).all():
             raise ValueError(f"{name}: not finite or not in all samples; see --verify")
-        cells[name] = None
-        if values is not None:
-            cells[name] = describe_scores(try_numbers(task, values.to_numpy(float)))
+        cells[name] = describe_scores(try_numbers(task, values)) if len(values) else None
     return cells
 
 
-def make_task(labels: pd.Series, images: np.ndarray, classes: list[str]) -> Task:
-    """The task of telling 1 from 0. Raises ValueError where there is nothing to tell or to try."""
-    if labels.empty:
-        raise ValueError("no sample has a label")
-    if labels.nunique() == 1:
-        only = classes[int(labels.iloc[0])]
-        raise ValueError(f"one class only: {len(labels):,} samples, all {only!r}")
-    if len(set(images)) == 1:
-        raise ValueError(f"one image only: all {len(images):,} samples are about {images[0]!r}")
-    is_true = labels.to_numpy(bool)
-    return Task(is_true, images, split_by_image(is_true, images))
+def shuffle_labels(task: Task, rng: np.random.Generator) -> np.ndarray:
+    """The labels dealt out anew, those of an image together, so that what leaks by image shows."""
+    groups = [rng.permutation(group) for _, group in pd.Series(task.labels).groupby(task.images)]
+    rng.shuffle(groups)
+    shuffled = np.empty_like(task.labels)
+    shuffled[np.argsort(task.images, kind="stable")] = np.concatenate(groups)
+    return shuffled
 
 
-def try_all(task: Task, samples: Samples, vectors: dict[str, int], model: str) -> tuple[dict, dict]:
+def try_shuffled(task: Task, inputs: np.ndarray, model: str, strengths: list) -> dict | None:
+    """A cell with labels that tell nothing, five times; None where no fold keeps both classes."""
+    rng = np.random.default_rng(SEED)
+    dealt = (shuffle_labels(task, rng) for _ in range(100 * NUM_SHUFFLES))
+    tasks = (dataclasses.replace(task, labels=labels) for labels in dealt)
+    aurocs = []
+    for shuffled in itertools.islice(filter(Task.has_both_classes, tasks), NUM_SHUFFLES):
+        aurocs += try_probe(shuffled, inputs, model, strengths)["auroc"]
+    return describe_scores(aurocs) if aurocs else None
+
+
+def try_vectors(task: Task, samples: Samples, vectors: Vectors, model: str) -> tuple:
     """A cell for each data set, every matrix read once; and the best one's with shuffled labels."""
     from tqdm import tqdm
 
@@ -929,31 +707,33 @@ def try_all(task: Task, samples: Samples, vectors: dict[str, int], model: str) -
         matrix = read_matrix(samples, name, width)
         if not np.isfinite(matrix).all():
             raise ValueError(f"{name}: not finite; see --verify")
-        cells[name] = try_vectors(task, standardise(matrix), width, model)
+        cells[name] = try_probe(task, matrix, model)
         if best is None or cells[name]["mean"] > cells[best]["mean"]:
             best, best_matrix = name, matrix
-    shuffled = try_shuffled(task, standardise(best_matrix), cells[best].get("C"))
+    usual = np.median(cells[best]["C"]) * best_matrix.shape[1] if model == "linear" else None
+    shuffled = try_shuffled(task, best_matrix, model, [usual])
     return cells, shuffled and {"of": best} | shuffled
 
 
-def probe(
-    samples: Samples, vectors: dict[str, int], label: str, above: float | None, model: str
-) -> dict:
+def probe(samples: Samples, vectors: Vectors, label: str, above: float | None, model: str) -> dict:
     """How well each vector tells the label, in folds by image: what the table is made of."""
-    from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits  # which scikit-learn brings
 
     table = read_texts(samples)
     labels, classes = read_labels(table, label, above)
     has_label = labels.notna().to_numpy()
     labels, table = labels[has_label], table[has_label].reset_index(drop=True)
-    samples = list(itertools.compress(samples, has_label))
-    task = make_task(labels, name_images(table), classes)
+    images = table["image_id"]
+    if "image_sha256" in table:  # a file may be stored under several names
+        images = table.groupby("image_sha256")["image_id"].transform("first")
+    is_true, images = labels.to_numpy(bool), images.to_numpy(str)
+    task = Task(is_true, images, split_by_image(is_true, images))
     # Logistic regression waits for memory, and more threads of BLAS would wait for each other.
     with warnings.catch_warnings(), threadpool_limits(1 if model == "linear" else None):
-        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore")  # of fits that have not converged
         baselines = try_baselines(task, table)
-        cells, shuffled = try_all(task, samples, vectors, model)
+        labelled = list(itertools.compress(samples, has_label))
+        cells, shuffled = try_vectors(task, labelled, vectors, model)
     return {
         "label": label if above is None else f"{label} above {above:g}",
         "rule": RULE if label == ANSWER_IS_WRONG else None,
@@ -976,11 +756,28 @@ def list_levels(facts: dict) -> dict[str, dict | None]:
     return levels | facts["baselines"] | {"best probe, labels shuffled": facts["shuffled"]}
 
 
+def show_cell(cell: dict | None) -> str:
+    """Mean and spread of a cell, or a dash where there is nothing to measure."""
+    return f"{cell['mean']:.2f}±{cell['sd']:.2f}" if cell else "-"
+
+
+def show_layers(cells: dict[str, dict]) -> str:
+    """A row for each representation and a column for each layer; of many, it lies on its side."""
+    table = pd.DataFrame(dtype=object)
+    for name, cell in cells.items():
+        kind, _, layer = name.partition("_representation/layer_")
+        if layer:
+            table.loc[kind, int(layer)] = show_cell(cell)
+    if len(table.columns) > 5:
+        table = table.T
+    return table.rename_axis(columns="layer").to_string() if len(table) else ""
+
+
 def show_probe(facts: dict) -> Iterator[str]:
-    """What was tried, and the table: a row for each representation and a column for each layer."""
+    """What was tried, and the tables."""
     yield f"label    {facts['label']}"
     if facts["rule"]:
-        yield textwrap.fill(facts["rule"], 80, initial_indent=" " * 9, subsequent_indent=" " * 9)
+        yield facts["rule"]
     classes = (f"{count:,} × {one_line(name, 24)}" for name, count in facts["classes"].items())
     yield f"samples  {', '.join(classes)}; {facts['num_without_label']:,} without a label"
     if facts["rule"] and facts["num_truncated"]:
@@ -990,7 +787,7 @@ def show_probe(facts: dict) -> Iterator[str]:
     yield f"folds    {count}{few}; each of the {facts['num_images']:,} images in one only"
     yield f"probe    {facts['probe']}"
     yield "\nAUROC, mean±standard deviation of the folds"
-    yield from show_layers(facts["cells"])
+    yield show_layers(facts["cells"])
     yield ""
     for name, cell in list_levels(facts).items():
         yield f"{name:<30}{show_cell(cell)}"
@@ -998,73 +795,40 @@ def show_probe(facts: dict) -> Iterator[str]:
         yield "\nEven shuffled labels are told: something leaks into the folds; trust no cell."
 
 
-def show_layers(cells: dict[str, dict]) -> Iterator[str]:
-    """The table of what has layers; with more than five of them it lies on its side."""
-    kinds = [kind for kind in KINDS if any(name.startswith(kind) for name in cells)]
-    layers = sorted({layer_of(name) for name in cells} - {None})
-    table = pd.DataFrame(index=kinds, columns=layers, dtype=object)
-    for kind, layer in itertools.product(kinds, layers):
-        table.loc[kind, layer] = show_cell(cells[f"{kind}/layer_{layer}"])
-    column = 10
-    if len(layers) > 5:
-        table, column = table.rename(lambda kind: kind.removesuffix("_representation")).T, 13
-    first = 27 if column == 10 else 6
-    yield f"{'layer':<{first}}" + "".join(f"{name:>{column}}" for name in table)
-    for name, row in table.iterrows():
-        yield f"{name:<{first}}" + "".join(f"{cell:>{column}}" for cell in row)
-
-
-def show_cell(cell: dict | None) -> str:
-    """Mean and spread of a cell, or a dash where there is nothing to measure."""
-    return f"{cell['mean']:.2f}±{cell['sd']:.2f}" if cell else "-"
-
-
 def plot_probe(path: Path, facts: dict) -> None:
-    """Draw AUROC by layer: a line and a band for a representation, a level for all else."""
+    """Draw AUROC by layer: a line with its spread for a representation, a level for all else."""
     figure = new_figure(8, 4.5)
     title = one_line(Path(facts["label"]).name, 80)
     axes = figure.add_subplot(xlabel="layer", ylabel="AUROC", title=title)
-    handles = []
     for kind, color, marker in zip(KINDS, COLORS, "os^"):
         cells = {n: cell for n, cell in facts["cells"].items() if n.startswith(kind)}
         if cells:
             layers = [layer_of(name) for name in cells]
-            mean = np.array([cell["mean"] for cell in cells.values()])
-            sd = np.array([cell["sd"] for cell in cells.values()])
-            handles += axes.plot(layers, mean, c=color, marker=marker, ms=4, label=kind)
-            axes.fill_between(layers, mean - sd, mean + sd, color=color, alpha=0.15, lw=0)
-            if len(layers) == 1:  # of which there is no band
-                axes.errorbar(layers, mean, sd, c=color, capsize=3)
-            if len(layers) <= MAX_LAYERS:
-                axes.set_xticks(layers)
-    for (name, cell), dashes in zip(list_levels(facts).items(), itertools.cycle(DASHES)):
+            means = [cell["mean"] for cell in cells.values()]
+            spreads = [cell["sd"] for cell in cells.values()]
+            style = {"c": color, "marker": marker, "ms": 4, "capsize": 2}
+            axes.errorbar(layers, means, spreads, label=kind, **style)
+    for (name, cell), color, dashes in zip(list_levels(facts).items(), COLORS[3:], DASHES):
         if cell:
-            color = COLORS[3] if name == VISION else "#444444"
             label = f"{name}  {show_cell(cell)}"
-            style = {"c": color, "lw": 1.2, "ls": (0, dashes), "label": label}
-            handles.append(axes.axhline(cell["mean"], **style))
+            axes.axhline(cell["mean"], c=color, lw=1.2, ls=dashes, label=label)
     axes.axhline(0.5, c="#BBBBBB", lw=0.8, zorder=0)
-    axes.set_ylim(top=min(axes.get_ylim()[1], 1.02))
-    figure.legend(handles=handles, loc="outside right center", frameon=False, handlelength=4)
+    figure.legend(loc="outside right center", frameon=False, handlelength=4)
     figure.savefig(path, dpi=150)
 
 
 # ───────────────────────────────────────── command line ────────────────────────────────────────
-FLAG_MODES = {  # what each flag is for
-    "max_samples": ["view", "question_id"],
-    "all": ["view", "question_id"],
-    "json": ["view", "question_id", "probe"],
-    "vqa_dataset": ["verify"],
-    "representation": ["view", "question_id", "export", "plot", "probe"],
-    "layer": ["view", "question_id", "export", "plot", "probe"],
-    "color_by": ["plot"],
-    "above": ["probe"],
-    "probe_model": ["probe"],
+MODE_FLAGS = {  # which flags go with what is to be done
+    "view": {"question_id", "max_samples", "all", "json", "representation", "layer"},
+    "verify": {"vqa_dataset"},
+    "export": {"representation", "layer"},
+    "plot": {"representation", "layer", "color_by"},
+    "probe": {"representation", "layer", "above", "probe_model", "json", "plot"},
 }
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[str, argparse.Namespace]:
-    """The mode, and the flags, each of which is for it; status 2 where they do not fit."""
+    """What is to be done, and its flags; status 2 where they do not fit."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
@@ -1085,18 +849,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[str, argparse.Namespace]:
     add("--probe-model", choices=PROBES, default="linear", help="probe: linear, or HALP's mlp")
     args = parser.parse_args(argv)
 
-    exclusive = ("question_id", "verify", "export", "plot", "probe")
-    modes = [name for name in exclusive if getattr(args, name)]
-    if len(modes) > 1 and modes != ["plot", "probe"]:
-        parser.error(f"{' and '.join('--' + name.replace('_', '-') for name in modes)}: choose one")
-    mode = modes[-1] if modes else "view"
-    for name, allowed in FLAG_MODES.items():
-        if getattr(args, name) != parser.get_default(name) and mode not in allowed:
-            parser.error(f"--{name.replace('_', '-')} is for {' and '.join(allowed)}")
-    if args.export and args.export.suffix not in (".npz", ".csv"):
-        parser.error("--export writes .npz and .csv")
-    if args.plot and args.plot.suffix not in (".png", ".pdf", ".svg"):
-        parser.error("--plot writes .png, .pdf and .svg")
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    mode = next((name for name in ("verify", "export", "probe", "plot") if name in given), "view")
+    for name in sorted(given - MODE_FLAGS[mode] - {mode, "paths"}):
+        parser.error(f"--{name.replace('_', '-')} does not go with {mode}")
+    for path, suffixes in ((args.export, ".npz .csv"), (args.plot, ".png .pdf .svg")):
+        if path and path.suffix not in suffixes.split():
+            parser.error(f"{path}: the name must end in one of {suffixes}")
     if args.probe and args.probe != ANSWER_IS_WRONG and ":" not in args.probe:
         parser.error(f"--probe: LABEL is CSV:COLUMN or {ANSWER_IS_WRONG}, not {args.probe}")
     if args.above is not None and args.probe == ANSWER_IS_WRONG:
@@ -1104,12 +863,23 @@ def parse_arguments(argv: list[str] | None) -> tuple[str, argparse.Namespace]:
     return mode, args
 
 
+def find_samples(samples: Samples, question_ids: list[str]) -> Samples:
+    """The samples of these ids, each once. Raises ValueError that names what is near."""
+    by_id = {unquote(name): (path, name) for path, name in samples}
+    for question_id in question_ids:
+        if question_id not in by_id:
+            near = difflib.get_close_matches(question_id, by_id, cutoff=0)
+            near = ", ".join(map(repr, near))
+            raise ValueError(f"no question_id {question_id!r}; near it: {near}")
+    return [by_id[question_id] for question_id in dict.fromkeys(question_ids)]
+
+
 def run(mode: str, args: argparse.Namespace) -> tuple[int, Iterable[str]]:
     """The exit status, and the lines to print. Raises ImportError, OSError or ValueError."""
     if mode == "verify":
         return verify(args.paths, args.vqa_dataset)
     parts, samples = open_run(args.paths)
-    vectors = choose_vectors(next(iter(parts.values())), args.representation, args.layer)
+    vectors = list_vectors(next(iter(parts.values())), args.representation, args.layer)
     if mode == "export":
         return 0, export(args.export, samples, vectors)
     if mode == "probe":
@@ -1122,24 +892,14 @@ def run(mode: str, args: argparse.Namespace) -> tuple[int, Iterable[str]]:
     if mode == "plot":
         return 0, plot(args.plot, drawn, len(samples), vectors, args.color_by or TEXTS[-1])
     shown = samples[: max(args.max_samples, 0)]
-    if mode == "question_id":
+    if args.question_id:
         drawn = shown = find_samples(samples, args.question_id)
-    facts = describe_run(parts, samples) | describe_vectors(drawn, vectors, args.json)
+    picked, note = (vectors, "") if args.json else pick_layers(vectors)
+    facts = describe(parts, samples, drawn, picked)
     facts["samples"] = json.loads(read_texts(shown).to_json(orient="records"))  # NaN is null
     if args.json:
         return 0, [json.dumps(facts, allow_nan=False, indent=1, default=str)]
-    return 0, show(facts, sys.maxsize if mode == "question_id" else 58)
-
-
-def find_samples(samples: Samples, question_ids: list[str]) -> Samples:
-    """The samples of these ids, each once. Raises ValueError that names what is near."""
-    by_id = {unquote(name): (path, name) for path, name in samples}
-    for question_id in question_ids:
-        if question_id not in by_id:
-            near = difflib.get_close_matches(question_id, by_id, cutoff=0)
-            near = ", ".join(map(repr, near))
-            raise ValueError(f"no question_id {question_id!r}; near it: {near}")
-    return [by_id[question_id] for question_id in dict.fromkeys(question_ids)]
+    return 0, show(facts, note, sys.maxsize if args.question_id else 58)
 
 
 def main(argv: list[str] | None = None) -> int:
