@@ -549,16 +549,22 @@ def choose_batch_size(options: Options, config, num_prompt_tokens: int, device) 
 
 def fit_batch_size(free: int, config, itemsize: int, num_slots: int) -> int:
     """How many questions of `num_slots` tokens, each with an image of its own and its answer, fit
-    into `free` bytes beside what one pass needs: MLP and residuals, logits, a chunk of the tower.
+    into `free` bytes beside what one pass needs.
     """
+    text = config.text_config
+    slot = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * itemsize
+    fitting = (0.95 * free - pass_memory(config, itemsize)) / (slot * num_slots)
+    return max(1, min(MAX_BATCH_SIZE, int(fitting)))
+
+
+def pass_memory(config, itemsize: int) -> int:
+    """Bytes that one pass needs at most: MLP and residuals, logits, and a chunk of the tower."""
     text, vision = config.text_config, config.vision_config
     num_patches = TOWER_IMAGES * (vision.image_size // vision.patch_size) ** 2
     decoder = MAX_PASS_TOKENS * (3 * text.intermediate_size + 8 * text.hidden_size) * itemsize
     logits = MAX_BATCH_SIZE * text.vocab_size * (itemsize + 12)
     tower = num_patches * (2 * vision.intermediate_size + 6 * vision.hidden_size) * itemsize
-    slot = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * itemsize
-    fitting = (0.95 * free - decoder - logits - tower) / (slot * num_slots)
-    return max(1, min(MAX_BATCH_SIZE, int(fitting)))
+    return decoder + logits + tower
 
 
 # ──────────────────────────────────── prompts and positions ────────────────────────────────────

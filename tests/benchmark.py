@@ -459,9 +459,12 @@ def describe_memory(model) -> str:
     }
     parts = ", ".join(f"{name} {2 * n / 2**30:.2f}" for name, n in numbers.items())
     slot = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    weights = 2 * model.num_parameters()
     return (
-        f"weights {2 * model.num_parameters() / 2**30:.2f} GiB: {parts}; keys and values "
-        f"{slot:,} bytes a token"
+        f"weights {weights / 2**30:.2f} GiB: {parts}; without the embedding "
+        f"{(weights - 2 * model.lm_head.weight.numel()) / 2**30:.2f}\n"
+        f"a question of 538 tokens of {slot:,} bytes {538 * slot / 2**30:.2f} GiB; a pass needs "
+        f"{script.pass_memory(model.config, 2) / 2**30:.1f}"
     )
 
 
