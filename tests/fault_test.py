@@ -2,67 +2,195 @@
 
     python tests/fault_test.py --kills 30 --signals 10
     python tests/fault_test.py --memory
+    python tests/fault_test.py --startup
 
-Every run is ended by SIGKILL, SIGINT, SIGTERM or SIGUSR1 at a random moment and started again with
-the same command; whatever is in the output directory then must be whole, and in the end all must
-be as in an uninterrupted run. Exit status 1 if anything is not.
+Every run is ended by SIGKILL, SIGINT, SIGTERM, SIGHUP or SIGUSR1 at a random moment and started
+again with the same command; whatever is in the output directory then must be whole, and in the end
+all must be as in an uninterrupted run. Exit status 1 if anything is not.
 """
 
 import argparse
-import csv
+import atexit
+import ctypes
+import gc
+import itertools
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
+import re
+import runpy
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
-from conftest import CSV, IMAGES, MODEL, ROOT, assert_same_samples, read_csv, read_samples
+from conftest import (
+    IMAGES,
+    ROOT,
+    SCRIPT,
+    TESTS,
+    assert_same_samples,
+    flags,
+    read_csv,
+    read_failed,
+    read_samples,
+    write_csv,
+)
 
-HEADER = ("question_id", "image_id", "question", "answer")
-STATUS = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
+import run_gemma3_extraction as script
+
+STATUS = {signal.SIGKILL: -9, signal.SIGINT: 130}  # of any other signal: 143
+GENTLE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 DONE = 3  # every row has its outcome: one in 20 has an image that is not there
 PATIENCE = 600  # seconds, on a machine that has better things to do
 MEMORY_ROWS, MEMORY_LIMIT = (1500, 5000), 50  # MB
+STARTUP_PARTS, STARTUP_LIMIT = 20, 2  # of 1,000 samples each; seconds
+PART_1 = script.PART_NAME.format(1)
+SETTINGS = dict.fromkeys((*script.IDENTITY, "model_name", "dataset", "dataset_sha256"), "as ever")
+SETTINGS |= {"schema_version": script.SCHEMA_VERSION, "storage_dtype": "float32"}
 
 
-def write_csv(path: Path, num_rows: int, missing_every: int = 20) -> Path:
-    """The test data over and over under other ids; some rows ask about a missing image."""
-    rows = list(read_csv(CSV).values())
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(HEADER)
-        for i in range(num_rows):
-            row = rows[i % len(rows)]
-            is_missing = missing_every and i % missing_every == missing_every - 1
-            image_id = f"missing_{i % 3}.png" if is_missing else row["image_id"]
-            writer.writerow([f"{i}/{row['question_id']}", image_id, row["question"], row["answer"]])
-    return path
+def make_rows(root: Path, num_rows: int, missing_every: int = 20, per_image: int = 3) -> Path:
+    """A CSV of the test data over and over, under other ids and other names of the images.
+
+    The images go to `images` beside it; some rows ask about one that is not there.
+    """
+    texts, names = list(read_csv().values()), sorted(path.name for path in IMAGES.iterdir())
+    (root / "images").mkdir(exist_ok=True)
+    rows = []
+    for i in range(num_rows):
+        number, text = i // per_image, texts[i % len(texts)]
+        image_id = f"{number}_{names[number % len(names)]}"
+        link = root / "images" / image_id
+        if not link.is_symlink():
+            link.symlink_to(IMAGES / names[number % len(names)])
+        if missing_every and i % missing_every == missing_every - 1:
+            image_id = f"missing_{i % 3}.png"
+        rows.append((f"{i}/{text['question_id']}", image_id, text["question"], text["answer"]))
+    return write_csv(root / "rows.csv", rows)
 
 
-def command(csv_path: Path, output_dir: Path, *flags) -> list[str]:
-    """The tiny model's run: many small parts, one question a pass."""
-    flags = [
-        *("--vqa-dataset", csv_path, "--images-dir", IMAGES, "--output-dir", output_dir),
-        *("--model", MODEL, "--device", "cpu", "--dtype", "float32", "--max-new-tokens", 4),
-        *("--checkpoint-interval", 4, *flags),
-    ]
-    return [sys.executable, str(ROOT / "run_gemma3_extraction.py"), *map(str, flags)]
+def words_of(csv_path: Path, output_dir: Path, *more) -> list[str]:
+    """The tiny model's command line: many small parts, few questions side by side."""
+    small = ("--max-new-tokens", 4, "--checkpoint-interval", 4, "--batch-size", 3)
+    images_dir = csv_path.parent / "images"
+    return flags(output_dir, *small, *more, csv_path=csv_path, images_dir=images_dir)
 
 
-def start(arguments: list[str], stderr_path: Path, **kwargs) -> subprocess.Popen:
-    """The program, as it runs beside us."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def start_cold(words: list[str], stderr_path: Path, **kwargs) -> subprocess.Popen:
+    """The program as a shell starts it."""
     with open(stderr_path, "w") as stderr:
-        return subprocess.Popen(arguments, stderr=stderr, env=env, **kwargs)
+        return subprocess.Popen([sys.executable, str(SCRIPT), *words], stderr=stderr, **kwargs)
 
 
-def wait_for(is_reached, process: subprocess.Popen) -> bool:
+class Program:
+    """The whole program in a process that has its imports behind it: as a Popen, 5 s earlier.
+
+    `env` is added to its environment. `inject`: what strace is to do to it, attached before its
+    first line. `patch` is shown the script as a module before it runs.
+    """
+
+    def __init__(self, words, stderr_path, env=None, inject=(), patch=None) -> None:
+        stderr_path.write_text("")
+        self._process = warm_process(run_program, words, stderr_path, env or {}, inject, patch)
+        self.pid = self._process.pid
+        atexit.register(self.kill)  # it may be one that heeds no SIGTERM
+
+    def poll(self) -> int | None:
+        """Its exit status, negative if a signal ended it."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """Its exit status once it has ended."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise TimeoutError("the program hangs")
+        return self._process.exitcode
+
+    def send_signal(self, signum: int) -> None:
+        """Unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def kill(self) -> None:
+        """At once."""
+        self._process.kill()
+
+
+def warm_process(target, *args):
+    """A process that has started, with torch and transformers imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fault_test", *WARM_MODULES])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(ROOT)])
+    multiprocessing.forkserver.ensure_running()  # Python 3.11 gives it no other path
+    del os.environ["PYTHONPATH"]
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
+    process = context.Process(target=target, args=args, daemon=True)
+    process.start()
+    return process
+
+
+WARM_MODULES = (
+    "accelerate",
+    "transformers.models.gemma3.modeling_gemma3",
+    "transformers.models.gemma3.processing_gemma3",
+    "transformers.models.gemma3.image_processing_pil_gemma3",
+    "transformers.models.siglip.modeling_siglip",
+    "transformers.models.gemma.tokenization_gemma",
+)
+
+
+def run_program(words: list[str], stderr_path: Path, env: dict, inject: tuple, patch) -> None:
+    """What a `Program` does."""
+    multiprocessing.set_start_method("fork", force=True)  # as in any program: tqdm looks
+    os.environ.update(env)
+    descriptor = os.open(stderr_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 2)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)
+    for signum in GENTLE:
+        signal.signal(signum, signal.SIG_DFL)
+    if inject:
+        attach_strace(stderr_path.with_suffix(".strace"), inject)
+    sys.argv = [str(SCRIPT), *words]
+    status = 1
+    try:
+        if patch:
+            patch(script)
+            raise SystemExit(script.main(words))
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+    threading._shutdown()  # as at any program's end, where HDF5 may still fail
+    atexit._run_exitfuncs()
+    gc.collect()
+    ctypes.CDLL(None).exit(status)
+
+
+def attach_strace(log_path: Path, inject: tuple) -> None:
+    """Let strace watch this process from here on."""
+    ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(2**64 - 1))  # PR_SET_PTRACER: anybody
+    command = ["strace", "-f", "-qq", "-o", log_path, *inject, "-p", str(os.getpid())]
+    strace = subprocess.Popen(list(map(str, command)))
+    while "TracerPid:\t0\n" in Path("/proc/self/status").read_text():
+        assert strace.poll() is None, "strace has ended"
+        time.sleep(0.01)
+
+
+def wait_for(is_reached, process) -> bool:
     """Whether the process came to something before it ended."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
@@ -75,7 +203,7 @@ def wait_for(is_reached, process: subprocess.Popen) -> bool:
     raise TimeoutError("the program hangs")
 
 
-def catches_signals(process: subprocess.Popen) -> bool:
+def catches_signals(process) -> bool:
     """Whether the program has come to its first lines; before that a signal is Python's own."""
     try:
         status = Path(f"/proc/{process.pid}/status").read_text()
@@ -88,15 +216,6 @@ def catches_signals(process: subprocess.Popen) -> bool:
 def is_writing(output_dir: Path) -> bool:
     """Whether a part is in hand."""
     return output_dir.is_dir() and any(output_dir.glob("gemma3*.partial"))
-
-
-def read_failed(output_dir: Path) -> dict[str, tuple[str, ...]]:
-    """`failed_samples.csv` by question_id."""
-    path = output_dir / "failed_samples.csv"
-    if not path.exists():
-        return {}
-    with open(path, encoding="utf-8", newline="") as file:
-        return {line[0]: tuple(line[1:]) for line in list(csv.reader(file))[1:]}
 
 
 def root_attributes(output_dir: Path) -> dict[str, dict]:
@@ -112,7 +231,7 @@ def root_attributes(output_dir: Path) -> dict[str, dict]:
     return found
 
 
-def check_parts(output_dir: Path, shapes: dict[str, tuple]) -> set[str]:
+def check_parts(output_dir: Path) -> set[str]:
     """That every *.h5 is complete; the question_ids in them.
 
     Raises:
@@ -122,28 +241,28 @@ def check_parts(output_dir: Path, shapes: dict[str, tuple]) -> set[str]:
     for path in sorted(output_dir.glob("*.h5")):
         with h5py.File(path) as file:
             assert file.attrs["num_samples"] == len(file), f"{path.name}: count"
-            for group in list(file.values()):  # the view holds h5py's lock
-                found = {name: group[name].shape for name in shapes if name in group}
-                assert found == shapes, f"{path.name}{group.name}: {found}"
-                vectors = [group[name][()] for name, shape in shapes.items() if shape]
-                assert all(np.isfinite(vector).all() for vector in vectors), group.name
+            for group in [file[name] for name in file]:  # file.values() holds h5py's lock
+                check_sample(group, file.attrs["layers"])
                 assert group.attrs["question_id"] not in stored, f"{group.name} is there twice"
                 stored.add(group.attrs["question_id"])
     return stored
 
 
-def sample_shapes(output_dir: Path) -> dict[str, tuple]:
-    """Every data set of a sample of a finished run."""
-    shapes = {"vision_only_representation": (24,)}
-
-    def keep(name, item):
-        if isinstance(item, h5py.Dataset):
-            shapes[name] = item.shape
-
-    with h5py.File(min(output_dir.glob("*.h5"))) as file:
-        next(iter(file.values())).visititems(keep)
-    assert len(shapes) == 4 + 2 + 3 * 5
-    return shapes
+def check_sample(group: h5py.Group, layers) -> None:
+    """That all of a sample is there, finite, and as its crc32 says."""
+    widths = {f"{kind}/layer_{i}": 32 for kind in script.LAYER_KINDS for i in layers}
+    num_tokens = group.attrs["num_answer_tokens"] + (not group.attrs["answer_truncated"])
+    widths |= {"vision_representation": 24, "answer_logprobs": num_tokens}
+    texts = {"question", "image_id", "answer", "ground_truth_answer"}
+    kinds = {name.split("/")[0] for name in widths}
+    assert set(group) == texts | kinds | {"vision_only_representation"}, group.name
+    crc32 = 0
+    for name in sorted(widths):
+        vector = group[name][()]
+        assert vector.shape == (widths[name],), f"{group.name}/{name}: {vector.shape}"
+        assert np.isfinite(vector).all(), f"{group.name}/{name}"
+        crc32 = zlib.crc32(vector.tobytes(), crc32)
+    assert group.attrs["crc32"] == crc32, group.name
 
 
 @dataclass
@@ -156,28 +275,24 @@ class FaultTest:
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
-        self.csv_path = write_csv(self.root / "rows.csv", self.num_rows)
+        self.csv_path = make_rows(self.root, self.num_rows)
         self.stderr_path = self.root / "stderr.txt"
         self.reference = self.root / "reference"
         began = time.monotonic()
-        process = self.start(self.reference)
+        process = start_cold(words_of(self.csv_path, self.reference), self.stderr_path)
         wait_for(lambda: is_writing(self.reference), process)
         self.startup = time.monotonic() - began
         status = process.wait(PATIENCE)
         self.work = time.monotonic() - began - self.startup
         assert status == DONE, self.stderr_path.read_text()
-        self.shapes = sample_shapes(self.reference)
-
-    def start(self, output_dir: Path) -> subprocess.Popen:
-        """The same command, every time."""
-        return start(command(self.csv_path, output_dir), self.stderr_path)
 
     def strike(self, output_dir: Path, signum: signal.Signals) -> str | None:
         """Run until a random moment; what the moment was, or None if the run ended before it."""
-        process = self.start(output_dir)
-        if not wait_for(lambda: catches_signals(process), process):
-            raise AssertionError(f"exit status {process.returncode} before the first line")
         is_early = self.random.random() < 0.2
+        begin = start_cold if is_early else Program
+        process = begin(words_of(self.csv_path, output_dir), self.stderr_path)
+        if not wait_for(lambda: catches_signals(process), process):
+            raise AssertionError(f"exit status {process.poll()} before the first line")
         if is_early:
             delay, since = self.random.uniform(0, self.startup), "the start"
         else:
@@ -192,13 +307,12 @@ class FaultTest:
         has_ended = stderr.splitlines()[-1:] and stderr.splitlines()[-1].startswith("Extracted")
         if not is_running or (has_ended and status in (DONE, -signum)):
             return None  # Python was already on its way out, or gone
-        assert status == STATUS[signum], f"exit status {status}: {stderr}"
+        assert status == STATUS.get(signum, 143), f"exit status {status}: {stderr}"
         return f"{delay:.2f} s after {since}, exit status {status}"
 
     def finish(self, output_dir: Path) -> None:
         """Let a run come to its end, and compare all that it left."""
-        process = self.start(output_dir)
-        status = process.wait(PATIENCE)
+        status = Program(words_of(self.csv_path, output_dir), self.stderr_path).wait()
         assert status == DONE, f"exit status {status}: {self.stderr_path.read_text()}"
         assert_same_samples(read_samples(output_dir), read_samples(self.reference))
         assert root_attributes(output_dir) == root_attributes(self.reference)
@@ -208,7 +322,7 @@ class FaultTest:
 
     def check(self, output_dir: Path, before: set[str]) -> set[str]:
         """That all there is, is whole, and nothing of what was there is gone."""
-        stored = check_parts(output_dir, self.shapes) if output_dir.exists() else set()
+        stored = check_parts(output_dir) if output_dir.exists() else set()
         assert stored >= before, f"lost: {before - stored}"
         failed = read_failed(output_dir).items()
         assert failed <= read_failed(self.reference).items()
@@ -216,9 +330,10 @@ class FaultTest:
 
     def run(self, num_kills: int, num_signals: int) -> int:
         """Use up all the kills and signals; the number of directories they took."""
-        gentle = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-        faults = [signal.SIGKILL] * num_kills + [gentle[i % 3] for i in range(num_signals)]
+        gentle = itertools.islice(itertools.cycle(GENTLE), num_signals)
+        faults = [signal.SIGKILL] * num_kills + list(gentle)
         self.random.shuffle(faults)
+        num_stored = len(read_samples(self.reference))
         count, stored = 1, set()
         while faults:
             output_dir = self.root / f"run_{count}"
@@ -227,7 +342,7 @@ class FaultTest:
             if moment:
                 name = faults.pop().name
                 print(f"{name:8}{moment}: {len(stored)} samples in whole parts", flush=True)
-            if moment is None or len(read_samples(output_dir)) == len(read_samples(self.reference)):
+            if moment is None or len(stored) == num_stored:
                 self.finish(output_dir)
                 print("done: all as in the uninterrupted run, next directory", flush=True)
                 count, stored = count + 1, set()
@@ -235,37 +350,28 @@ class FaultTest:
         return count
 
 
-# The program itself, telling its peak and its present memory after every batch.
-MEMORY_CODE = """
-import pathlib, re, sys
-sys.path.insert(0, sys.argv.pop(1))
-import run_gemma3_extraction as script
-update = script.Progress.update
-def tell(self, *counts):
-    extracted, failed = update(self, *counts)
-    status = pathlib.Path("/proc/self/status").read_text()
-    kilobytes = [re.search(rf"{name}:\\\\s+(\\\\d+)", status)[1] for name in ("VmHWM", "VmRSS")]
-    print(extracted, *kilobytes, flush=True)
-    return extracted, failed
-script.Progress.update = tell
-raise SystemExit(script.main(sys.argv[1:]))
-""".replace("\\\\", "\\")
+def tell_memory(script) -> None:
+    """Let the program tell its peak and its present memory with every sample."""
+    count = script.Progress.count
+
+    def tell(self, *counts):
+        count(self, *counts)
+        status = Path("/proc/self/status").read_text()
+        kilobytes = [re.search(rf"{name}:\s+(\d+)", status)[1] for name in ("VmHWM", "VmRSS")]
+        print("memory", self.num_extracted, *kilobytes, file=sys.stderr)
+
+    script.Progress.count = tell
 
 
 def measure_memory(root: Path) -> dict[int, tuple[float, float]]:
     """Peak and present memory in MB, by the number of samples extracted."""
-    csv_path = write_csv(root / "memory.csv", MEMORY_ROWS[-1], missing_every=0)
-    flags = ["--checkpoint-interval", 1000, "--max-new-tokens", 0, "--batch-size", 64]
-    arguments = command(csv_path, root / "memory", *flags)[2:]
-    process = start(
-        [sys.executable, "-c", MEMORY_CODE, str(ROOT), *arguments],
-        root / "memory.txt",
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    lines, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, (root / "memory.txt").read_text()
-    table = (map(int, line.split()) for line in lines.splitlines())
+    csv_path = make_rows(root, MEMORY_ROWS[-1], missing_every=0, per_image=10)
+    more = ("--checkpoint-interval", 1000, "--max-new-tokens", 0, "--batch-size", 64)
+    words = words_of(csv_path, root / "memory", *more)
+    process = Program(words, root / "stderr.txt", patch=tell_memory)
+    assert process.wait() == 0, (root / "stderr.txt").read_text()
+    lines = (root / "stderr.txt").read_text().splitlines()
+    table = [map(int, line.split()[1:]) for line in lines if line.startswith("memory")]
     return {count: (peak / 1024, rss / 1024) for count, peak, rss in table}
 
 
@@ -279,27 +385,60 @@ def check_memory(root: Path) -> None:
     assert last_rss - rss < MEMORY_LIMIT
 
 
+def make_parts(output_dir: Path, num_parts: int, num_samples: int) -> None:
+    """Parts with the 12B's number of vectors, but short ones."""
+    output_dir.mkdir()
+    names = [f"{kind}/layer_{i}" for kind in script.LAYER_KINDS for i in range(5)]
+    vectors = dict.fromkeys([script.VISION, *names], np.zeros(8, np.float32))
+    indices = itertools.count()
+    for number in range(1, num_parts + 1):
+        writer = script.PartWriter(script.part_path(output_dir, number), SETTINGS, "none")
+        for index in itertools.islice(indices, num_samples):
+            row = script.Row(index, f"question {index:07}", "a.png", "what is it?", "it")
+            writer.add(row, "it", vectors, {"num_answer_tokens": 1})
+        writer.finish()
+
+
+def check_startup(root: Path) -> None:
+    """That going on takes no longer for all that is stored."""
+    seconds = {}
+    for num_parts, num_samples in ((1, 1), (STARTUP_PARTS, 1000)):
+        output_dir = root / f"{num_parts}"
+        make_parts(output_dir, num_parts, num_samples)
+        began = time.monotonic()
+        stored = script.scan_parts(output_dir, SETTINGS)
+        seconds[len(stored)] = time.monotonic() - began
+        assert len(stored) == num_parts * num_samples
+    print(", ".join(f"{count} samples: {value:.3f} s" for count, value in seconds.items()))
+    assert max(seconds.values()) - min(seconds.values()) < STARTUP_LIMIT
+
+
+def check_faults(root: Path, args: argparse.Namespace) -> None:
+    """That kills and signals lose nothing."""
+    test = FaultTest(root, args.rows, args.seed)
+    print(f"start-up {test.startup:.1f} s, work {test.work:.1f} s", flush=True)
+    count = test.run(args.kills, args.signals)
+    print(f"{args.kills} kills and {args.signals} signals in {count} directories: ", end="")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30, help="by SIGKILL")
-    parser.add_argument("--signals", type=int, default=10, help="SIGINT, SIGTERM and SIGUSR1")
+    parser.add_argument("--signals", type=int, default=10, help="SIGINT, SIGTERM, SIGHUP, SIGUSR1")
     parser.add_argument("--rows", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory", action="store_true", help="measure memory instead")
+    parser.add_argument("--startup", action="store_true", help="measure going on instead")
     args = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as root:
         try:
             if args.memory:
                 check_memory(Path(root))
+            elif args.startup:
+                check_startup(Path(root))
             else:
-                test = FaultTest(Path(root), args.rows, args.seed)
-                print(f"start-up {test.startup:.1f} s, work {test.work:.1f} s", flush=True)
-                count = test.run(args.kills, args.signals)
-                print(
-                    f"{args.kills} kills and {args.signals} signals in {count} directories: ",
-                    end="",
-                )
+                check_faults(Path(root), args)
         except AssertionError as error:
             print(f"VIOLATED: {error}")
             return 1
