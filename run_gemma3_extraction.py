@@ -1657,10 +1657,11 @@ class PartWriter:
 
     def discard(self) -> None:
         """Forget what was written since the part was opened."""
-        with contextlib.suppress(*H5PY_ERRORS):
-            if self._part is not None:
+        if self._part is not None:
+            with contextlib.suppress(*H5PY_ERRORS):
                 self._part.close()
-                self._file.close()
+            self._file.close()
+        with contextlib.suppress(OSError):
             self._partial.unlink(missing_ok=True)
 
 
