@@ -154,7 +154,7 @@ TEST_BOUNDS = {"float32": 1e-4, "bfloat16": 0.1}  # relative L2 error to a plain
 
 CPU_BATCH_SIZE = 32  # what `tests/benchmark.py` shows best
 MAX_BATCH_SIZE = 256
-MAX_PASS_TOKENS = 8192  # of a prefill pass on an accelerator
+MAX_PASS_TOKENS = 20480  # of a prefill pass on an accelerator: a quarter of its largest batch
 TOWER_IMAGES = 8  # in one pass of the vision tower
 TYPICAL_QUESTION, TYPICAL_ANSWER = 64, 32  # tokens; no result depends on them
 EMBEDDING = "model.language_model.embed_tokens"  # shares its matrix with the head
@@ -813,11 +813,11 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """The share of one bank in a step: m of its tokens, in R neighbouring rows of the bank."""
+    """The share of one bank in a step: m of its tokens, in R rows of the bank."""
 
     bank: Bank
     tokens: slice  # of the step
-    rows: slice  # of the bank
+    rows: slice | Tensor  # of the bank
     num_slots: int  # S: those of the rows that may be in use
     row: Tensor  # [m]: where keys and values go
     slot: Tensor  # [m]
@@ -830,6 +830,8 @@ class Block:
         """The same on another device."""
         names = ("row", "slot", "index", "heads")
         moved = {name: getattr(self, name).to(device) for name in names}
+        if isinstance(self.rows, Tensor):
+            moved["rows"] = self.rows.to(device)
         moved["lanes"] = tuple(lane.to(device) for lane in self.lanes)
         moved["masks"] = {kind: mask.to(device) for kind, mask in self.masks.items()}
         return dataclasses.replace(self, **moved)
@@ -887,16 +889,20 @@ def lay_out(step: Step, config, dtype: torch.dtype, device: torch.device) -> lis
     for (bank, start), stop in zip(step.banks, stops, strict=True):
         row, slot = columns[start:stop, 1], columns[start:stop, 2]
         first, last = int(row[0]), int(row[-1])  # they are sorted
-        counts = torch.bincount(row - first)  # tokens of each row
+        lane, counts = row - first, torch.bincount(row - first)  # tokens of each row
+        rows, used = slice(first, last + 1), counts.nonzero()[:, 0]
+        if 2 * len(used) < len(counts):  # a copy of few rows costs less than a look at all
+            lane, counts = torch.searchsorted(used, lane), counts[used]
+            rows = put(used + first, device)
         starts = counts.cumsum(0) - counts
         index = starts[:, None] + torch.arange(int(counts.max()))
-        lanes = (row - first, torch.arange(stop - start) - starts[row - first])
+        lanes = (lane, torch.arange(stop - start) - starts[lane])
         index = put(index.clamp(max=stop - start - 1), device)
         row, slot, *lanes = (put(t, device) for t in (row, slot, *lanes))
         bank.grow()
         places = put(columns[start:stop, 3:].int(), device)  # position, owner, is soft, image
         bank.places[row, slot] = places[:, :3]
-        rows, num_slots = slice(first, last + 1), bank.count_slots(first, last)
+        num_slots = bank.count_slots(first, last)
         masks = attention_masks(places[index], bank.places[rows, :num_slots], window)
         if columns[start:stop, 3].max() < window:
             del masks["sliding_attention"]  # which is the same

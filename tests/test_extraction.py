@@ -534,6 +534,34 @@ def test_a_long_prompt_widens_nobody_elses_row(model, prompter, monkeypatch):
     assert max(others) < longest / 2
 
 
+def test_rows_far_apart_are_copied_and_give_the_same(model, prompter, monkeypatch):
+    """Images that enter where others have left: their rows are not neighbours."""
+    lengths = [1 + 17 * (i % 5 == 0) + i % 3 for i in range(24)]
+    monkeypatch.setattr(
+        script.Extractor,
+        "has_ended",
+        lambda self, live: len(live.answer) == lengths[live.prompt.row.index],
+    )
+    rows = [script.Row(i, str(i), f"{'./' * i}circle.png", f"is it {i}?", "") for i in range(24)]
+    alone = run_all(make_extractor(model, prompter, 1), rows)
+    kinds, attend = Counter(), script.Block.attend
+
+    def watched(self, *args):
+        kinds[type(self.rows)] += 1
+        return attend(self, *args)
+
+    monkeypatch.setattr(script.Block, "attend", watched)
+    extractor = make_extractor(model, prompter, 12)
+    extractor.max_pass_tokens = 8192
+    found = run_all(extractor, rows)
+    assert kinds[torch.Tensor] > 0
+    assert kinds[slice] > 0
+    for question_id, sample in alone.items():
+        assert script.relative_error(found[question_id].states, sample.states) < 1e-4
+        assert found[question_id].answer == sample.answer
+        assert found[question_id].logprobs == pytest.approx(sample.logprobs, abs=1e-4)
+
+
 def test_threads_change_nothing(model, prompter, monkeypatch):
     """What stands side by side must not depend on how fast images are prepared."""
     pixels, draw = script.Prompter.pixels, random.Random(1)
