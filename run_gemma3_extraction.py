@@ -82,13 +82,13 @@ if __name__ == "__main__":  # the imports below take seconds, in which a stop mu
     STOP.install()
 
 import argparse
+import bisect
 import csv
 import dataclasses
 import errno
 import fcntl
 import functools
 import hashlib
-import heapq
 import io
 import itertools
 import json
@@ -152,7 +152,7 @@ LINE_SECONDS = 30  # between two lines of progress where there is no bar
 NUM_TEST_ROWS = 3
 TEST_BOUNDS = {"float32": 1e-4, "bfloat16": 0.1}  # relative L2 error to a plain forward pass
 
-CPU_BATCH_SIZE = 32  # what `tests/benchmark.py` shows best
+CPU_BATCH_SIZE = 64  # what `tests/benchmark.py` shows best
 MAX_BATCH_SIZE = 256
 MAX_PASS_TOKENS = 20480  # of a prefill pass on an accelerator: a quarter of its largest batch
 TOWER_IMAGES = 8  # in one pass of the vision tower
@@ -666,6 +666,27 @@ class Prompter:
 
 
 # ────────────────────────────────── the pool of keys and values ────────────────────────────────
+class Numbers:
+    """Whole numbers from 0 to take and to give back; the lowest that is free comes first."""
+
+    def __init__(self) -> None:
+        self.count = 0  # one more than the highest that is taken
+        self._free: list[int] = []  # of those below, in order
+
+    def take(self) -> int:
+        """The lowest free number."""
+        if self._free:
+            return self._free.pop(0)
+        self.count += 1
+        return self.count - 1
+
+    def give(self, number: int) -> None:
+        """It is free again."""
+        bisect.insort(self._free, number)
+        while self._free and self._free[-1] == self.count - 1:
+            self.count = self._free.pop()
+
+
 class Bank:
     """Rows of keys and values, one row an image; tokens take slots of it and give them back.
 
@@ -681,50 +702,29 @@ class Bank:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
         self.places = torch.zeros(0, 0, 3, dtype=torch.int32, device=devices[0])
-        self._free_rows: list[int] = []  # a heap
-        self._free_slots: list[list[int]] = []  # of a row, a heap
-        self._num_slots: list[int] = []  # of a row: those that have been taken, free again or not
+        self.rows = Numbers()
+        self.slots: dict[int, Numbers] = {}  # of each row that is taken
 
     def take_row(self) -> int:
-        """The lowest free row, with no slot taken."""
-        if not self._free_rows:
-            self._free_rows.append(len(self._num_slots))
-            self._num_slots.append(0)
-            self._free_slots.append([])
-        row = heapq.heappop(self._free_rows)
-        self._num_slots[row], self._free_slots[row] = 0, []
+        """A row for an image, with no slot taken."""
+        row = self.rows.take()
+        self.slots[row] = Numbers()
         return row
 
     def give_row(self, row: int) -> None:
         """Its image leaves."""
-        heapq.heappush(self._free_rows, row)
+        del self.slots[row]
+        self.rows.give(row)
 
-    def is_empty(self) -> bool:
-        """Whether no row is taken."""
-        return len(self._free_rows) == len(self._num_slots)
-
-    def take_slots(self, row: int, count: int) -> list[int]:
-        """The lowest free slots of a row."""
-        free = self._free_slots[row]
-        while len(free) < count:
-            heapq.heappush(free, self._num_slots[row])
-            self._num_slots[row] += 1
-        return [heapq.heappop(free) for _ in range(count)]
-
-    def give_slots(self, row: int, slots: list[int]) -> None:
-        """Their question leaves."""
-        for slot in slots:
-            heapq.heappush(self._free_slots[row], slot)
-
-    def count_slots(self, first_row: int, last_row: int) -> int:
+    def count_slots(self, rows: list[int]) -> int:
         """Slots that these rows use at most, rounded up to what kernels like."""
-        num_slots = max(self._num_slots[first_row : last_row + 1])
+        num_slots = max(self.slots[row].count for row in rows)
         return min(-(-num_slots // 8) * 8, self.places.shape[1])
 
     def grow(self) -> None:
         """Make room for all slots that were taken, a layer at a time: never twice the whole."""
         rows, slots = self.places.shape[:2]
-        num_rows, num_slots = len(self._num_slots), max(self._num_slots)
+        num_rows, num_slots = self.rows.count, max(row.count for row in self.slots.values())
         if num_rows <= rows and num_slots <= slots:
             return
         rows = rows if num_rows <= rows else num_rows + num_rows // 4
@@ -748,9 +748,9 @@ class Seat:
 
     asked: Asked
     owner: int
+    bank: Bank
+    row: int
     waiting: deque[Prompt]
-    bank: Bank | None = None
-    row: int = -1
     num_live: int = 0
     # Left by the pass that ran its tokens: patches [D_v], mean; and of the layers asked for,
     # [layers, D], the last soft token and the sum over the shared tokens.
@@ -804,7 +804,7 @@ class Step:
         """
         if not self.banks or self.banks[-1][0] is not seat.bank:
             self.banks.append((seat.bank, len(self.tokens)))
-        slots = seat.bank.take_slots(seat.row, len(input_ids))
+        slots = [seat.bank.slots[seat.row].take() for _ in input_ids]
         for pos, (input_id, slot) in enumerate(zip(input_ids, slots), start=first_pos):
             token = Token(input_id, seat.row, slot, pos, owner, pos in soft, seat.owner)
             self.tokens.append(token)
@@ -822,27 +822,25 @@ class Block:
     row: Tensor  # [m]: where keys and values go
     slot: Tensor  # [m]
     index: Tensor  # [R, 1, Q]: the tokens of each row, any one where there are fewer than Q
-    lanes: tuple[Tensor, Tensor]  # [m] each: row and column of each token in `index`
+    lane: Tensor  # [m]: row of each token in `index`
+    column: Tensor  # [m]
     heads: Tensor  # [kv_heads, 1]: their numbers
-    masks: dict[str, Tensor]  # of the kinds of layers, [R, 1, Q * group, S], added to the scores
+    full_attention: Tensor  # masks of the kinds of layers, [R, 1, Q * group, S], to be added
+    sliding_attention: Tensor
 
     def to(self, device: torch.device) -> Block:
         """The same on another device."""
-        names = ("row", "slot", "index", "heads")
-        moved = {name: getattr(self, name).to(device) for name in names}
-        if isinstance(self.rows, Tensor):
-            moved["rows"] = self.rows.to(device)
-        moved["lanes"] = tuple(lane.to(device) for lane in self.lanes)
-        moved["masks"] = {kind: mask.to(device) for kind, mask in self.masks.items()}
-        return dataclasses.replace(self, **moved)
+        fields = vars(self).items()
+        return Block(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in fields})
 
-    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, mask, scale):
+    def attend(self, attention: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Store keys and values [m, kv_heads, head_dim], and let the queries [m, heads, head_dim]
         look: [m, heads * head_dim].
 
         The queries that share a key head are rows of one matrix: no key is copied for them.
         """
-        keys, values = self.bank.keys[layer_idx], self.bank.values[layer_idx]
+        keys = self.bank.keys[attention.layer_idx]
+        values = self.bank.values[attention.layer_idx]
         keys[self.row, self.slot] = key
         values[self.row, self.slot] = value
         query = query.unflatten(1, (key.shape[1], -1))  # [m, kv_heads, group, head_dim]
@@ -851,15 +849,15 @@ class Block:
             query.flatten(2, 3),
             keys[self.rows, : self.num_slots].transpose(1, 2),  # [R, kv_heads, S, head_dim]
             values[self.rows, : self.num_slots].transpose(1, 2),
-            attn_mask=mask,
-            scale=scale,
+            attn_mask=getattr(self, attention.layer_type),
+            scale=attention.scaling,
         )
         seen = seen.unflatten(2, query.shape[2:4]).transpose(1, 2)  # [R, Q, kv_heads, group, ..]
-        return seen[self.lanes].flatten(1)
+        return seen[self.lane, self.column].flatten(1)
 
 
-def attention_masks(query: Tensor, key: Tensor, window: int) -> dict[str, Tensor]:
-    """Who sees whom, [rows, queries, slots], for the two kinds of decoder layers.
+def attention_masks(query: Tensor, key: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Who sees whom in layers of full and of sliding attention, [rows, queries, slots] each.
 
     `query`: [rows, queries, 4], position, owner, is soft token and the image's owner; `key`:
     [rows, slots, 3]. A token sees its image's and its own tokens up to itself, the soft tokens of
@@ -870,7 +868,7 @@ def attention_masks(query: Tensor, key: Tensor, window: int) -> dict[str, Tensor
     k_pos, k_owner, k_soft = key[:, None].unbind(-1)
     is_own = (k_owner == q_owner) | (k_owner == q_image)
     visible = is_own & ((k_pos <= q_pos) | (q_soft & k_soft).bool())
-    return {"full_attention": visible, "sliding_attention": visible & (q_pos - k_pos < window)}
+    return visible, visible & (q_pos - k_pos < window)
 
 
 def as_bias(visible: Tensor, group: int, dtype: torch.dtype) -> Tensor:
@@ -883,35 +881,32 @@ def as_bias(visible: Tensor, group: int, dtype: torch.dtype) -> Tensor:
 def lay_out(step: Step, config, dtype: torch.dtype, device: torch.device) -> list[Block]:
     """A block for each bank of a step, in order; the tokens' places are stored in the banks."""
     columns = torch.tensor(step.tokens)  # [n, 7], fields of `Token`
-    kv_heads, window = config.num_key_value_heads, config.sliding_window
     stops = [start for _, start in step.banks[1:]] + [len(step.tokens)]
+    group = config.num_attention_heads // config.num_key_value_heads
+    heads = put(torch.arange(config.num_key_value_heads)[:, None], device)
     blocks = []
     for (bank, start), stop in zip(step.banks, stops, strict=True):
-        row, slot = columns[start:stop, 1], columns[start:stop, 2]
-        first, last = int(row[0]), int(row[-1])  # they are sorted
-        lane, counts = row - first, torch.bincount(row - first)  # tokens of each row
-        rows, used = slice(first, last + 1), counts.nonzero()[:, 0]
-        if 2 * len(used) < len(counts):  # a copy of few rows costs less than a look at all
-            lane, counts = torch.searchsorted(used, lane), counts[used]
-            rows = put(used + first, device)
+        row, slot, pos = columns[start:stop, 1:4].unbind(1)
+        used, lane, counts = row.unique_consecutive(return_inverse=True, return_counts=True)
+        rows, last = slice(int(used[0]), int(used[-1]) + 1), stop - start - 1
+        if 2 * len(used) < rows.stop - rows.start:  # to copy few rows costs less than a look at all
+            rows = put(used, device)
+        else:
+            lane, counts = row - rows.start, torch.bincount(row - rows.start)
         starts = counts.cumsum(0) - counts
-        index = starts[:, None] + torch.arange(int(counts.max()))
-        lanes = (lane, torch.arange(stop - start) - starts[lane])
-        index = put(index.clamp(max=stop - start - 1), device)
-        row, slot, *lanes = (put(t, device) for t in (row, slot, *lanes))
+        column = torch.arange(stop - start) - starts[lane]
+        index = (starts[:, None] + torch.arange(int(counts.max()))).clamp(max=last)
+        row, slot, lane, column, index = (put(t, device) for t in (row, slot, lane, column, index))
         bank.grow()
         places = put(columns[start:stop, 3:].int(), device)  # position, owner, is soft, image
         bank.places[row, slot] = places[:, :3]
-        num_slots = bank.count_slots(first, last)
-        masks = attention_masks(places[index], bank.places[rows, :num_slots], window)
-        if columns[start:stop, 3].max() < window:
-            del masks["sliding_attention"]  # which is the same
-        group = config.num_attention_heads // kv_heads
-        biases = {kind: as_bias(mask, group, dtype) for kind, mask in masks.items()}
-        biases.setdefault("sliding_attention", biases["full_attention"])
-        heads = put(torch.arange(kv_heads)[:, None], device)
+        num_slots = bank.count_slots(used.tolist())
+        window = config.sliding_window
+        full, sliding = attention_masks(places[index], bank.places[rows, :num_slots], window)
+        full = as_bias(full, group, dtype)
+        sliding = full if pos.max() < window else as_bias(sliding, group, dtype)
         where = (bank, slice(start, stop), rows, num_slots, row, slot)
-        blocks.append(Block(*where, index[:, None], tuple(lanes), heads, biases))
+        blocks.append(Block(*where, index[:, None], lane, column, heads, full, sliding))
     return blocks
 
 
@@ -931,16 +926,13 @@ class Decoder:
             self._decoder = model.model.language_model
             norms = [m for m in self._decoder.modules() if type(m).__name__ == "Gemma3RMSNorm"]
             self._scales = {norm: norm_scale(norm) for norm in norms}
-            self.devices = [self._scales[layer.input_layernorm].device for layer in self._layers]
+            layers = self._decoder.layers
+            self.devices = [self._scales[layer.input_layernorm].device for layer in layers]
         except (AttributeError, KeyError) as error:
             raise ExtractionError(
                 f"{type(model).__name__}: no {error}; install the versions in requirements.txt"
             ) from error
         self.dtype = model.dtype
-
-    @property
-    def _layers(self) -> nn.ModuleList:
-        return self._decoder.layers
 
     def embed(self, step: Step) -> Tensor:
         """Embeddings of a step's tokens, [n, D]; those of soft tokens are still to be filled in.
@@ -959,13 +951,11 @@ class Decoder:
         """
         blocks = lay_out(step, self.config, self.dtype, self.devices[0])
         pos = put(torch.tensor([[token.pos for token in step.tokens]]), self.devices[0])
-        kinds = dict.fromkeys(self.config.layer_types)
         rotary = {
             kind: signed_rotary(*self._decoder.rotary_emb(hidden[None], pos, kind))
-            for kind in kinds
+            for kind in dict.fromkeys(self.config.layer_types)
         }
-        for layer_idx, layer in enumerate(self._layers):
-            device = self.devices[layer_idx]
+        for layer_idx, (layer, device) in enumerate(zip(self._decoder.layers, self.devices)):
             if hidden.device != device:
                 hidden, blocks = hidden.to(device), [block.to(device) for block in blocks]
                 rotary = {kind: tables.to(device) for kind, tables in rotary.items()}
@@ -973,29 +963,26 @@ class Decoder:
             if step.is_cleaned:  # attention multiplies what it ignores by 0, which NaN survives
                 normed = normed.nan_to_num(0, 0, 0)
             attended = self._attend(layer.self_attn, normed, blocks, rotary)
-            normed = self._norm(attended, layer.post_attention_layernorm).to(self.dtype)
-            hidden = hidden + normed
+            hidden = hidden + self._norm(attended, layer.post_attention_layernorm).to(self.dtype)
             normed = self._norm(hidden, layer.pre_feedforward_layernorm).to(self.dtype)
             gate = layer.mlp.act_fn(multiply(layer.mlp.gate_proj, normed))
             fed = multiply(layer.mlp.down_proj, gate * multiply(layer.mlp.up_proj, normed))
-            normed = self._norm(fed, layer.post_feedforward_layernorm).to(self.dtype)
-            hidden = hidden + normed
+            hidden = hidden + self._norm(fed, layer.post_feedforward_layernorm).to(self.dtype)
             observe(layer_idx, hidden)
         return hidden
 
     def _attend(self, attention: nn.Module, hidden: Tensor, blocks: list[Block], rotary: dict):
         """Attention of one layer, [n, D]."""
-        heads, kind = (-1, attention.head_dim), attention.layer_type
+        heads, tables = (-1, attention.head_dim), rotary[attention.layer_type]
         query = multiply(attention.q_proj, hidden).unflatten(1, heads)  # [n, heads, head_dim]
         key = multiply(attention.k_proj, hidden).unflatten(1, heads)  # [n, kv_heads, head_dim]
         value = multiply(attention.v_proj, hidden).unflatten(1, heads)
-        query = rotate(self._norm(query, attention.q_norm), rotary[kind]).to(self.dtype)
-        key = rotate(self._norm(key, attention.k_norm), rotary[kind]).to(self.dtype)
-        seen = []
-        for block in blocks:
-            states = (states[block.tokens] for states in (query, key, value))
-            where = (block.masks[kind], attention.scaling)
-            seen.append(block.attend(attention.layer_idx, *states, *where))
+        query = rotate(self._norm(query, attention.q_norm), tables).to(self.dtype)
+        key = rotate(self._norm(key, attention.k_norm), tables).to(self.dtype)
+        seen = [
+            block.attend(attention, query[block.tokens], key[block.tokens], value[block.tokens])
+            for block in blocks
+        ]
         return multiply(attention.o_proj, seen[0] if len(seen) == 1 else torch.cat(seen))
 
     def final_norm(self, hidden: Tensor) -> Tensor:
@@ -1011,14 +998,20 @@ class Decoder:
 
 
 def multiply(linear: nn.Linear, hidden: Tensor) -> Tensor:
-    """A linear layer of [n, in], [n, out]; with few rows the other way round takes a CPU half the
-    time, and two rows half the time of one.
+    """A linear layer of [n, in], [n, out].
+
+    With few rows a CPU takes half the time if the weight is multiplied in slices of 64 outputs.
     """
-    num_rows, is_plain = len(hidden), linear.bias is None and not hasattr(linear, "_hf_hook")
-    if num_rows > CPU_BATCH_SIZE or linear.weight.device.type != "cpu" or not is_plain:
+    num_rows, (width, num_inputs) = len(hidden), linear.weight.shape
+    is_plain = linear.bias is None and width % 64 == 0 and not hasattr(linear, "_hf_hook")
+    if num_rows > 64 or linear.weight.device.type != "cpu" or not is_plain:
         return linear(hidden)
-    rows = hidden.expand(2, -1) if num_rows == 1 else hidden
-    return (linear.weight @ rows.T).T[:num_rows]
+    slices = linear.weight.view(-1, 64, num_inputs)
+    if num_rows <= 4:
+        by_slice = slices @ hidden.T.expand(len(slices), -1, -1)  # [slices, 64, n]
+        return by_slice.flatten(0, 1).T
+    by_slice = hidden.expand(len(slices), -1, -1) @ slices.transpose(1, 2)  # [slices, n, 64]
+    return by_slice.transpose(0, 1).flatten(1)
 
 
 def norm_scale(norm: nn.Module) -> Tensor:
@@ -1048,6 +1041,12 @@ def put(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=True)
 
 
+def to_host(values: Tensor) -> Tensor:
+    """The same in host memory, once it is there."""
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+    return host.copy_(values)
+
+
 # ───────────────────────────────────────── extraction ──────────────────────────────────────────
 def state_shapes(config, layers: list[int]) -> dict[str, int]:
     """Name and width of every vector of a sample, in the order in which they are kept."""
@@ -1062,29 +1061,26 @@ class Spans:
     def __init__(self, layers: list[int], device: torch.device) -> None:
         self._layers = set(layers)
         self._device = device
-        self._bounds: list[tuple[int, int]] = []
-        self._which: list[int] = []
-        self._kept: list[Tensor] = []  # a layer: [spans, D], float32
-        self._sums: list[Tensor] = []
+        self._spans: list[tuple[int, int, int]] = []
+        self._found: list[tuple[Tensor, Tensor]] = []  # a layer
 
     def add(self, start: int, stop: int, kept: int) -> None:
         """Watch the step's tokens start … stop - 1, and keep the one at `kept`."""
-        self._bounds.append((start, stop))
-        self._which.append(kept)
+        self._spans.append((start, stop, kept))
 
-    def observe(self, layer_idx: int, hidden: Tensor) -> None:  # [n, D]
-        """A decoder layer's output."""
+    def observe(self, layer_idx: int, hidden: Tensor) -> None:
+        """A decoder layer's output, [n, D]."""
         if layer_idx in self._layers:
-            sums = [hidden[a:b].sum(dim=0, dtype=torch.float32) for a, b in self._bounds]
-            self._sums.append(torch.stack(sums).to(self._device))
-            which = put(torch.tensor(self._which), hidden.device)
-            self._kept.append(hidden[which].float().to(self._device))
+            sums = [hidden[a:b].sum(dim=0, dtype=torch.float32) for a, b, _ in self._spans]
+            kept = put(torch.tensor([kept for _, _, kept in self._spans]), hidden.device)
+            found = (hidden[kept].float(), torch.stack(sums))
+            self._found.append(tuple(vectors.to(self._device) for vectors in found))
 
     def take(self) -> tuple[Tensor, Tensor]:
         """The kept tokens and the sums of the pass, [spans, layers, D] each."""
-        found = torch.stack(self._kept, dim=1), torch.stack(self._sums, dim=1)
-        self._kept, self._sums = [], []
-        return found
+        kept, sums = zip(*self._found, strict=True)
+        self._found = []
+        return torch.stack(kept, dim=1), torch.stack(sums, dim=1)
 
 
 class FailureStreak:
@@ -1160,7 +1156,7 @@ class Extractor:
                 self._advance(source, is_stopping)
             except (RuntimeError, ExtractionError) as caught:
                 error = caught.with_traceback(None)  # which holds tensors
-            has_fit = not (error and is_out_of_memory(error))
+            has_fit = not is_out_of_memory(error)
             if not has_fit:
                 self._shrink()
             outcomes, self._outcomes = self._outcomes, []
@@ -1209,9 +1205,8 @@ class Extractor:
 
     def _new_seats(self, source: Iterator[Asked]) -> Iterator[Seat]:
         while asked := self._again.popleft() if self._again else next(source, None):
-            seat = Seat(asked, next(self._owners), deque(asked.prompts))
-            seat.bank = self._choose_bank(asked)
-            seat.row = seat.bank.take_row()
+            bank = self._choose_bank(asked)
+            seat = Seat(asked, next(self._owners), bank, bank.take_row(), deque(asked.prompts))
             self._seats.append(seat)
             yield seat
 
@@ -1337,7 +1332,8 @@ class Extractor:
         if step.tokens:
             going = self.decoder.run(step, self.decoder.embed(step), lambda *_: None)
             hidden += self.decoder.final_norm(going)
-        logits = self._head(torch.stack(hidden)).float()  # [questions, vocabulary]
+        logits = multiply(self.model.lm_head, torch.stack(hidden))  # [questions, vocabulary]
+        logits = logits.float().contiguous()
         best, tokens = logits.max(dim=-1)
         total = logits.logsumexp(dim=-1)
         entropy = torch.zeros_like(total)
@@ -1346,10 +1342,6 @@ class Extractor:
         entropy[first] = torch.special.entr(probabilities).sum(dim=-1)
         found = (tokens.double(), (best - total).double(), entropy.double())
         return to_host(torch.stack(found, dim=1)).tolist()
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        """Logits, [questions, vocabulary]."""
-        return multiply(self.model.lm_head, hidden).contiguous()
 
     def _finish(self, live: Live, is_truncated: bool) -> None:
         """Its answer is whole."""
@@ -1372,12 +1364,13 @@ class Extractor:
         seat, bank = live.seat, live.seat.bank
         self._live.remove(live)
         self._suspects.discard(live.prompt)
-        bank.give_slots(seat.row, live.slots)
+        for slot in live.slots:
+            bank.slots[seat.row].give(slot)
         seat.num_live -= 1
         if not seat.num_live and not seat.waiting:
             self._seats.remove(seat)
             bank.give_row(seat.row)
-            if bank.is_empty():
+            if not bank.slots:
                 del self._banks[bank.width]
 
     def _shrink(self) -> None:
@@ -1409,7 +1402,7 @@ class Extractor:
             torch.accelerator.empty_cache()
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception | None) -> bool:
     """Whether it was for want of the device's memory, which libraries tell in many ways."""
     signs = ("ALLOC_FAILED", "out of memory", "can't allocate memory")
     return isinstance(error, RuntimeError) and (
@@ -1420,12 +1413,6 @@ def is_out_of_memory(error: Exception) -> bool:
 def all_finite(*tensors: Tensor) -> bool:
     """Whether there is neither NaN nor infinity in them."""
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
-def to_host(values: Tensor) -> Tensor:
-    """The same in host memory, once it is there."""
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-    return host.copy_(values)
 
 
 # ───────────────────────────── parts: right, or not there ──────────────────────────────────────

@@ -182,7 +182,12 @@ def test_buffers_grow_a_layer_at_a_time(model, monkeypatch):
     decoder = script.Decoder(model)
     bank = script.Bank(512, decoder.config, decoder.devices, decoder.dtype)
     row = bank.take_row()
-    bank.take_slots(row, 100)
+
+    def take_slots(count):
+        for _ in range(count):
+            bank.slots[row].take()
+
+    take_slots(100)
     bank.grow()
     bank.keys[3][row, 7] = 5.0
     held, enlarge = [], script.enlarge
@@ -193,7 +198,7 @@ def test_buffers_grow_a_layer_at_a_time(model, monkeypatch):
         return enlarge(old, rows, slots)
 
     monkeypatch.setattr(script, "enlarge", watched)
-    bank.take_slots(row, 100)
+    take_slots(100)
     bank.grow()
     assert max(held) == 2
     assert len(held) == 2 * 8 + 1

@@ -289,15 +289,15 @@ def break_owner(monkeypatch, prompter):
 
 def break_slots(monkeypatch, prompter):
     """A slot is used again while its owner lives."""
-    take = script.Bank.take_slots
+    take = script.Numbers.take
 
-    def broken(self, row, count):
-        slots = take(self, row, count)
-        if self._num_slots[row] > 270:
-            self.give_slots(row, slots[-1:])
-        return slots
+    def broken(self):
+        slot = take(self)
+        if slot > 270:
+            self.give(slot)
+        return slot
 
-    monkeypatch.setattr(script.Bank, "take_slots", broken)
+    monkeypatch.setattr(script.Numbers, "take", broken)
 
 
 @pytest.mark.parametrize(
