@@ -300,6 +300,35 @@ def break_slots(monkeypatch, prompter):
     monkeypatch.setattr(script.Numbers, "take", broken)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 2, 16, 128, 129, 300])
+@pytest.mark.parametrize("shape", [(1024, 640), (640, 1024), (700, 900), (40, 60)])
+def test_a_product_is_a_linear_layers(num_tokens, shape):
+    """The way that a CPU takes for large weights, against float64."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(shape[1], shape[0], bias=False)
+    hidden = torch.randn(num_tokens, shape[1])
+    with torch.inference_mode():
+        product = script.multiply(linear, hidden)
+        expected = torch.nn.functional.linear(hidden.double(), linear.weight.double())
+    assert product.shape == expected.shape
+    assert product.is_contiguous()
+    assert script.relative_error(product.double(), expected) < 1e-6
+
+
+def test_numbers_are_given_out_lowest_first():
+    numbers, taken, draw = script.Numbers(), set(), random.Random(0)
+    for _ in range(2000):
+        if taken and draw.random() < 0.5:
+            number = draw.choice(sorted(taken))
+            taken.remove(number)
+            numbers.give(number)
+        else:
+            free = set(range(len(taken) + 1)) - taken
+            assert numbers.take() == min(free)
+            taken.add(min(free))
+        assert numbers.count == max(taken, default=-1) + 1
+
+
 @pytest.mark.parametrize(
     "break_it",
     [
