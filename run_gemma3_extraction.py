@@ -18,7 +18,7 @@ One HDF5 file for every `--checkpoint-interval` samples, one group for every sam
 
 How a row travels, from the top of this file to its end:
 
-    read_rows → plan_parts → claim_rows → Prompter.ask → Extractor.run → Recorder → PartWriter
+    read_rows → plan_parts → claim_rows → ImageSource → Extractor.run → Recorder → PartWriter
 
 An image and the questions about it flow together. The image takes a row of the pool of keys and
 values; its questions enter, are answered side by side, and leave as their answers end.
@@ -145,6 +145,8 @@ IDENTITY = (
 # What h5py raises for a file that holds something else than it should.
 H5PY_ERRORS = (OSError, RuntimeError, LookupError, AttributeError, TypeError, ValueError)
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+IS_LAUNCHED = "RANK" in os.environ  # by torchrun, accelerate launch …
+RANK, NUM_RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 MAX_FAILED_IMAGES = 25  # different images in a row: then something is wrong with all of them
 SAMPLED_BYTES = 2**16  # at a time, of a model's weights
 SAMPLE_OVERHEAD, VECTOR_OVERHEAD = 6000, 350  # bytes of a file beside the vectors themselves
@@ -159,6 +161,7 @@ TOWER_IMAGES = 8  # in one pass of the vision tower
 TYPICAL_QUESTION, TYPICAL_ANSWER = 64, 32  # tokens; no result depends on them
 EMBEDDING = "model.language_model.embed_tokens"  # shares its matrix with the head
 
+Options = argparse.Namespace  # what `read_options` makes of the command line
 log = logging.getLogger("gemma3_extraction")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we refuse such images ourselves
 
@@ -176,31 +179,6 @@ class Damage(Exception):
 
 
 # ────────────────────────────────────────── what flows ─────────────────────────────────────────
-@dataclass(frozen=True)
-class Options:
-    """What the command line sets; `make_parser` describes each."""
-
-    vqa_dataset: Path
-    images_dir: Path
-    output_dir: Path = Path("output")
-    model: str = "google/gemma-3-12b-it"
-    revision: str = "main"
-    cache_dir: Path = Path("model_cache")
-    device: str = "cuda"
-    device_map: str | None = None
-    dtype: str = "bfloat16"
-    layers: tuple[int, ...] | str | None = None  # None: HALP's five
-    max_new_tokens: int = 200
-    batch_size: int | None = None  # None: chosen once the model is loaded
-    num_workers: int = min(8, len(os.sched_getaffinity(0)))
-    checkpoint_interval: int = 1000
-    storage_dtype: str = "float32"
-    compression: str = "none"
-    test: bool = False
-    overwrite: bool = False
-    strict: bool = False
-
-
 @dataclass(frozen=True)
 class Row:
     """One line of the CSV, to the letter; `index` counts data lines from 0."""
@@ -244,7 +222,7 @@ class Sample:
 
     prompt: Prompt
     image_sha256: str
-    states: Tensor  # [sum of state_shapes()], float32, in host memory
+    states: dict[str, Tensor]  # as `state_shapes` names them, float32, in host memory
     answer: list[int]  # token ids without the end token
     is_truncated: bool
     logprobs: list[float]  # natural log of every generated token's probability, the end included
@@ -262,55 +240,52 @@ def read_rows(csv_path: Path) -> list[Row]:
     try:
         with open(csv_path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            columns = find_columns(csv_path, list(reader.fieldnames or ()))
+            columns = find_columns(list(reader.fieldnames or ()))
             for line in reader:
-                where = f"{csv_path}, line {reader.line_num}"
-                row = read_row(where, len(rows), line, columns)
+                row = read_row(len(rows), line, columns)
                 if row.question_id in rows:
-                    raise ExtractionError(f"{where}: question_id {row.question_id!r} appears twice")
+                    raise ValueError(f"question_id {row.question_id!r} appears twice")
                 rows[row.question_id] = row
-    except UnicodeDecodeError as error:
-        raise ExtractionError(f"{csv_path} is not UTF-8: {error.reason}; convert it") from error
-    except csv.Error as error:
-        where = f"{csv_path}, line {reader.reader.line_num}"
-        raise ExtractionError(f"{where}: {error}; check the quotes there") from error
+            if not rows:
+                raise ValueError("no rows; expected a header and a line a question")
     except OSError as error:
         raise ExtractionError(f"cannot read {csv_path}: {error}") from error
-    if not rows:
-        raise ExtractionError(f"{csv_path} has no rows; expected a header and a line a question")
+    except UnicodeDecodeError as error:
+        raise ExtractionError(f"{csv_path} is not UTF-8: {error.reason}; convert it") from error
+    except (csv.Error, ValueError) as error:
+        advice = "; check the quotes there" if isinstance(error, csv.Error) else ""
+        where = f"{csv_path}, line {reader.reader.line_num}"
+        raise ExtractionError(f"{where}: {error}{advice}") from error
     return list(rows.values())
 
 
-def find_columns(csv_path: Path, header: list[str]) -> dict[str, str]:
-    """What the CSV calls each field of `Row`. Raises ExtractionError: one is missing, or twice."""
+def find_columns(header: list[str]) -> dict[str, str]:
+    """What the CSV calls each field of `Row`. Raises ValueError: one is missing, or twice."""
     columns = {}
     for name, accepted in COLUMNS.items():
         present = [column for column in accepted if column in header]
-        if present and header.count(present[0]) == 1:
-            columns[name] = present[0]
-        elif header:
+        if header and (not present or header.count(present[0]) > 1):
             problem = "there twice" if present else "not there"
             near = [column for column in header if column.strip().lower() in accepted]
             advice = f" | rename {near[0]!r} to {near[0].strip().lower()!r}" if near else ""
             if len(header) == 1 and re.search("[;\t]", header[0]):
                 advice = " | it looks separated by semicolons or tabs: save it with commas"
-            raise ExtractionError(
-                f"{csv_path}: column {' or '.join(accepted)} is {problem}; its columns: {header}"
-                + advice
-            )
+            named = " or ".join(accepted)
+            raise ValueError(f"column {named} is {problem}; its columns: {header}{advice}")
+        columns[name] = next(iter(present), "")
     return columns
 
 
-def read_row(where: str, index: int, line: dict, columns: dict[str, str]) -> Row:
-    """One line of the CSV. Raises ExtractionError: too few or many fields, a NUL byte, no id."""
+def read_row(index: int, line: dict, columns: dict[str, str]) -> Row:
+    """One line of the CSV. Raises ValueError: too few or many fields, a NUL byte, no id."""
     if None in line or None in line.values():  # how csv tells long lines from short ones
         than = "more" if None in line else "fewer"
-        raise ExtractionError(f"{where}: {than} fields than the header; check its commas")
+        raise ValueError(f"{than} fields than the header; check its commas")
     row = Row(index, **{name: line[column] for name, column in columns.items()})
     if any("\0" in line[column] for column in columns.values()):
-        raise ExtractionError(f"{where}: holds a NUL byte; remove it")
+        raise ValueError("holds a NUL byte; remove it")
     if not row.question_id.strip():
-        raise ExtractionError(f"{where}: the question_id is empty")
+        raise ValueError("the question_id is empty")
     return row
 
 
@@ -344,27 +319,22 @@ def open_image(images_dir: Path, image_id: str) -> tuple[Image.Image, str]:
 
     Raises RowError: it is missing, unreadable or too large.
     """
-    path = image_path(images_dir, image_id)
+    path, limit = image_path(images_dir, image_id), Image.MAX_IMAGE_PIXELS
     try:
-        if not path.is_file():
+        if not path.is_file():  # a pipe, say
             raise FileNotFoundError
         content = path.read_bytes()
-        return decode_image(io.BytesIO(content)), hashlib.sha256(content).hexdigest()
+        with Image.open(io.BytesIO(content)) as image:
+            if image.width * image.height > limit:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {limit:,}")
+            if image.mode[0] in "IF":  # Pillow would cut every value off at 255
+                raise ValueError(f"its mode is {image.mode}; convert it to 8 bits a channel")
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+        return upright, hashlib.sha256(content).hexdigest()
     except FileNotFoundError as error:
         raise RowError(f"{path} does not exist, or is no file") from error
     except Exception as error:  # Pillow's decoders let anything through: struct.error, TypeError …
         raise RowError(f"{path} cannot be read as an image: {error}") from error
-
-
-def decode_image(file: io.BytesIO) -> Image.Image:
-    """The image in a file, upright and RGB. Raises whatever Pillow raises, or ValueError."""
-    limit = Image.MAX_IMAGE_PIXELS
-    with Image.open(file) as image:
-        if image.width * image.height > limit:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than {limit:,}")
-        if image.mode[0] in "IF":  # Pillow would cut every value off at 255
-            raise ValueError(f"its mode is {image.mode}; convert it to 8 bits a channel")
-        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def check_images(rows: list[Row], images_dir: Path) -> None:
@@ -468,17 +438,16 @@ def place_weights(options: Options, config, device: torch.device) -> dict | str:
     weights = model.num_parameters() * gib
     embedding = model.get_submodule(EMBEDDING).weight.numel() * gib
     free = torch.cuda.mem_get_info(device)[0] / 2**30
-    if free >= weights:
-        return everything
     told = f"the card has {free:.1f} GiB free, the weights take {weights:.1f}"
-    if not options.device_map:
+    if free < weights and not options.device_map:
         raise ExtractionError(
             f"--device {device}: {told}, and every question some beside them: at least "
             f"{weights - free:.1f} GiB are missing | take a larger card (40 GB for the 12B), or "
             "--device-map auto, for a card of 24 GB with --max-new-tokens 0"
         )
     is_alone = torch.cuda.device_count() == 1 or "LOCAL_RANK" in os.environ
-    if options.max_new_tokens or not is_alone or free < weights - embedding:
+    fits_without = weights - embedding <= free < weights
+    if options.max_new_tokens or not is_alone or not fits_without:
         return everything
     log.info("%s: the embedding, %.1f, stays in host memory", told, embedding)
     return {"": device, EMBEDDING: "cpu", "lm_head": "cpu"}
@@ -523,12 +492,6 @@ def find_revision(model: str, config) -> str:
                     file.seek(start)
                     digest.update(file.read(SAMPLED_BYTES))
     return digest.hexdigest()
-
-
-def name_model_type(num_parameters: int) -> str:
-    """`gemma-3-12b-multimodal`, or what size it is."""
-    n = num_parameters
-    return f"gemma-3-{f'{n / 1e9:.0f}b' if n >= 5e8 else f'{n / 1e6:.1f}m'}-multimodal"
 
 
 def choose_batch_size(options: Options, config, num_prompt_tokens: int, device) -> int:
@@ -635,34 +598,156 @@ class Prompter:
         """`pixel_values` of one image, [3, height, width], float32."""
         return self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
 
-    def ask(
-        self, rows: list[Row], load: Callable[[str], tuple[Tensor, str]]
-    ) -> tuple[Asked | None, list[Failure]]:
-        """The rows about one image as the model reads them, and those that it cannot.
-
-        `load` gives the image's `pixel_values` [3, height, width] and the sha256 of its file.
-        """
-        prompts, failures = [], []
-        for row in rows:
-            try:
-                prompts.append(Prompt(row, self.tokenize(row.question)))
-            except RowError as error:
-                failures.append(Failure(row, str(error)))
-        if not prompts:
-            return None, failures
-        try:
-            pixel_values, image_sha256 = load(rows[0].image_id)
-        except RowError as error:
-            return None, failures + [Failure(prompt.row, str(error)) for prompt in prompts]
-        num_shared = count_shared([prompt.input_ids for prompt in prompts])
-        return Asked(pixel_values, image_sha256, num_shared, prompts), failures
-
     def decode(self, token_ids: list[int]) -> str:
         """An answer's text: no special tokens, whitespace kept; NUL would end it in HDF5."""
         text = self._tokenizer.decode(
             token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+# ───────────────────────────── images, and the questions about them ────────────────────────────
+@dataclass(eq=False)
+class Plan:
+    """What there is to do, and what there was."""
+
+    num_rows: int
+    missing: dict[int, list[Row]]  # of every part that this process has not claimed
+    stored_about: dict[str, dict[Path, list[str]]]  # question_ids by image_id and part
+    known_failures: set[str]  # question_ids that failed before
+
+
+def claim_rows(
+    plan: Plan, lock: OutputLock, expect: Callable[[int, list[Row]], None]
+) -> Iterator[Row]:
+    """The missing rows of one part after the other that no other process has taken.
+
+    `expect` is told of each part and its missing rows before they come.
+    """
+    for number in list(plan.missing):
+        if not lock.claim(number):
+            continue
+        path, stored = part_path(lock.output_dir, number), set()
+        with contextlib.suppress(FileNotFoundError), open_part(path) as part:
+            stored.update(read_ids(part))  # by others, meanwhile
+        rows = [row for row in plan.missing.pop(number) if row.question_id not in stored]
+        with lock.record() as record:
+            is_done = number in record["done"]
+        if is_done or not rows:
+            lock.release(number)
+            continue
+        path.with_suffix(".partial").unlink(missing_ok=True)  # what a dead process has left of it
+        expect(number, rows)
+        yield from rows
+
+
+class FailureStreak:
+    """Counts images whose rows failed, one after the other in the order of the CSV."""
+
+    def __init__(self, known: set[str] = frozenset()) -> None:
+        self._known = known  # question_ids that had failed before this run: they tell nothing new
+        self._images: set[str] = set()
+
+    def end(self) -> None:
+        """A row went well."""
+        self._images.clear()
+
+    def extend(self, failure: Failure) -> None:
+        """A row failed. Raises ExtractionError: of too many images in a row."""
+        row = failure.row
+        if row.question_id not in self._known:
+            self._images.add(row.image_id)
+        if len(self._images) == MAX_FAILED_IMAGES:
+            raise ExtractionError(
+                f"the rows of {MAX_FAILED_IMAGES} different images failed in a row: something is "
+                f"wrong with all of them | the last, question_id {row.question_id!r}: "
+                f"{failure.error}"
+            )
+
+
+@dataclass(eq=False)
+class ImageSource:
+    """Images with their questions, in order, prepared by threads beside the model.
+
+    A row that cannot be asked goes to `fail`. An error ends the images and is kept in `error`, so
+    that what the model has in hand is answered before anybody raises it.
+    """
+
+    options: Options
+    prompter: Prompter
+    plan: Plan
+    fail: Callable[[Failure], None]
+    error: Exception | None = None
+
+    def __post_init__(self) -> None:
+        self._streak = FailureStreak(self.plan.known_failures)
+
+    def images(self, rows: Iterable[Row]) -> Iterator[Asked]:
+        """The images of consecutive rows; few are in memory at a time, whatever the batch."""
+        by_image = itertools.groupby(rows, key=lambda row: row.image_id)
+        num_ahead = 2 * self.options.num_workers + 1
+        with ThreadPoolExecutor(self.options.num_workers) as pool:
+            coming = (pool.submit(self.ask, list(about_image)) for _, about_image in by_image)
+            try:
+                pending = deque(itertools.islice(coming, num_ahead))
+                while pending:
+                    yield from self._check(*pending.popleft().result())
+                    pending.extend(itertools.islice(coming, 1))
+            except (ExtractionError, Damage) as error:
+                self.error = error
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def ask(self, rows: list[Row]) -> tuple[Asked | None, list[Failure]]:
+        """The rows about one image as the model reads them, and those that it cannot."""
+        prompts, failures = [], []
+        for row in rows:
+            try:
+                prompts.append(Prompt(row, self.prompter.tokenize(row.question)))
+            except RowError as error:
+                failures.append(Failure(row, str(error)))
+        if not prompts:
+            return None, failures
+        try:
+            image, sha256 = open_image(self.options.images_dir, rows[0].image_id)
+            pixel_values = self.prompter.pixels(image).to(getattr(torch, self.options.dtype))
+            if self.options.device.startswith("cuda"):
+                pixel_values = pixel_values.pin_memory()  # for an asynchronous copy
+        except RowError as error:
+            return None, failures + [Failure(prompt.row, str(error)) for prompt in prompts]
+        except RuntimeError as error:  # of this machine's memory, say, not of the model's device
+            raise ExtractionError(f"preparing image {rows[0].image_id!r}: {error}") from error
+        num_shared = count_shared([prompt.input_ids for prompt in prompts])
+        return Asked(pixel_values, sha256, num_shared, prompts), failures
+
+    def _check(self, asked: Asked | None, failures: list[Failure]) -> Iterator[Asked]:
+        for failure in failures:
+            self.fail(failure)
+            if self.options.strict:
+                where = f"question_id {failure.row.question_id!r}"
+                raise ExtractionError(f"--strict: {where} failed: {failure.error}")
+            if not asked:
+                self._streak.extend(failure)
+        if asked:
+            self._streak.end()
+            self._check_unchanged(asked.prompts[0].row.image_id, asked.image_sha256)
+            yield asked
+
+    def _check_unchanged(self, image_id: str, image_sha256: str) -> None:
+        """Raise ExtractionError if samples are stored about another picture of that name."""
+        for path, question_ids in self.plan.stored_about.get(image_id, {}).items():
+            try:
+                with open_part(path) as part:
+                    found = {q: part[group_name(q)].attrs["image_sha256"] for q in question_ids}
+            except Damage as damage:
+                set_aside(path, damage)
+                raise
+            if others := [q for q in question_ids if found[q] != image_sha256]:
+                raise ExtractionError(
+                    f"image {image_id!r} has changed: question_id {others[0]!r} is stored about "
+                    "another picture of that name | put that one back, give the new one another "
+                    "name, or --overwrite"
+                )
 
 
 # ────────────────────────────────── the pool of keys and values ────────────────────────────────
@@ -769,7 +854,7 @@ class Live:
     hidden: Tensor | None = None  # [D]: of the last prompt token, normed, for the first token
     answer: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    first_token_entropy: float = math.nan
+    entropy: float = math.nan  # nats, of the first token's distribution
 
 
 # ────────────────────────────────────── one forward pass ───────────────────────────────────────
@@ -1084,30 +1169,6 @@ class Spans:
         return torch.stack(kept, dim=1), torch.stack(sums, dim=1)
 
 
-class FailureStreak:
-    """Counts images whose rows failed, one after the other in the order of the CSV."""
-
-    def __init__(self, known: set[str] = frozenset()) -> None:
-        self._known = known  # question_ids that had failed before this run: they tell nothing new
-        self._images: set[str] = set()
-
-    def end(self) -> None:
-        """A row went well."""
-        self._images.clear()
-
-    def extend(self, failure: Failure) -> None:
-        """A row failed. Raises ExtractionError: of too many images in a row."""
-        row = failure.row
-        if row.question_id not in self._known:
-            self._images.add(row.image_id)
-        if len(self._images) == MAX_FAILED_IMAGES:
-            raise ExtractionError(
-                f"the rows of {MAX_FAILED_IMAGES} different images failed in a row: something is "
-                f"wrong with all of them | the last, question_id {row.question_id!r}: "
-                f"{failure.error}"
-            )
-
-
 class Extractor:
     """The loaded model: turns images with their questions into states and answers.
 
@@ -1129,10 +1190,11 @@ class Extractor:
         self.max_pass_tokens = 0 if self.device.type == "cpu" else MAX_PASS_TOKENS
         end = model.generation_config.eos_token_id
         self._end_ids = set(end if isinstance(end, list) else [end])
+        self._shapes = state_shapes(model.config, layers)
         self._owners = itertools.count(1)
         self._streak = FailureStreak()
-        self._suspects: set[Prompt] = set()  # who was live when memory ran short, and has not ended
-        self._size_before = batch_size  # that of the batch, before that
+        # Of who was live when memory ran short, and has not ended: the batch size before that.
+        self._size_before: dict[Prompt, int] = {}
         self._again: deque[Asked] = deque()  # what did not fit
         self._outcomes: list[Sample | Failure] = []
         self._is_filling = False
@@ -1205,22 +1267,19 @@ class Extractor:
         return entering
 
     def _new_seats(self, source: Iterator[Asked]) -> Iterator[Seat]:
+        """Rows of about the same width share a bank, so that no long prompt widens the others."""
+        decoder = self.decoder
         while asked := self._again.popleft() if self._again else next(source, None):
-            bank = self._choose_bank(asked)
+            longest = max(len(prompt.input_ids) for prompt in asked.prompts) - asked.num_shared
+            own = longest + min(self.max_new_tokens, TYPICAL_ANSWER)
+            expected = asked.num_shared + own * min(len(asked.prompts), self.batch_size)
+            width = 1 << max(9, (expected - 1).bit_length())
+            if width not in self._banks:
+                self._banks[width] = Bank(width, decoder.config, decoder.devices, decoder.dtype)
+            bank = self._banks[width]
             seat = Seat(asked, next(self._owners), bank, bank.take_row(), deque(asked.prompts))
             self._seats.append(seat)
             yield seat
-
-    def _choose_bank(self, asked: Asked) -> Bank:
-        """Rows of about the same width stand together, so that no long prompt widens the others."""
-        longest = max(len(prompt.input_ids) for prompt in asked.prompts) - asked.num_shared
-        own = longest + min(self.max_new_tokens, TYPICAL_ANSWER)
-        expected = asked.num_shared + own * min(len(asked.prompts), self.batch_size)
-        width = 1 << max(9, (expected - 1).bit_length())
-        if width not in self._banks:
-            decoder = self.decoder
-            self._banks[width] = Bank(width, decoder.config, decoder.devices, decoder.dtype)
-        return self._banks[width]
 
     def _prefill(self, entering: list[tuple[Seat, list[Live]]]) -> None:
         """Run new images and questions: their states, and what their answers go on from."""
@@ -1316,7 +1375,7 @@ class Extractor:
                 self._fail(live, "the logits of its answer are not finite")
                 continue
             if not live.answer:
-                live.first_token_entropy, live.hidden = entropy, None
+                live.entropy, live.hidden = entropy, None
             live.answer.append(int(token))
             live.logprobs.append(logprob)
             has_ended = self.has_ended(live)
@@ -1351,11 +1410,11 @@ class Extractor:
     def _finish(self, live: Live, is_truncated: bool) -> None:
         """Its answer is whole."""
         answer = live.answer if is_truncated else live.answer[:-1]
-        states, entropy = live.states, live.first_token_entropy
-        sha256 = live.seat.asked.image_sha256
-        self._outcomes.append(
-            Sample(live.prompt, sha256, states, answer, is_truncated, live.logprobs, entropy)
-        )
+        vectors = live.states.split(list(self._shapes.values()))
+        states = dict(zip(self._shapes, vectors, strict=True))
+        sha256, probabilities = live.seat.asked.image_sha256, (live.logprobs, live.entropy)
+        sample = Sample(live.prompt, sha256, states, answer, is_truncated, *probabilities)
+        self._outcomes.append(sample)
         self._leave(live)
 
     def _fail(self, live: Live, error: str) -> Failure:
@@ -1368,7 +1427,7 @@ class Extractor:
         """Give its slots back; with the last question of an image its row."""
         seat, bank = live.seat, live.seat.bank
         self._live.remove(live)
-        self._suspects.discard(live.prompt)
+        self._size_before.pop(live.prompt, None)
         for slot in live.slots:
             bank.slots[seat.row].give(slot)
         seat.num_live -= 1
@@ -1385,20 +1444,17 @@ class Extractor:
         before it came.
         """
         live = self._live
-        if not self._suspects:
-            self._size_before = self.batch_size
-        self._suspects |= {one.prompt for one in live}
+        for one in live:
+            self._size_before.setdefault(one.prompt, self.batch_size)
         if len(live) == 1:
-            error = "the device's memory is too small for it"
-            self._outcomes.append(Failure(live[0].prompt.row, error))
-            self.batch_size = self._size_before
-            self._suspects.clear()
+            self.batch_size = self._size_before[live[0].prompt]
+            self._fail(live[0], "the device's memory is too small for it")
         else:
             self.batch_size = max(1, min(self.batch_size, len(live)) // 2)
             log.warning("%d questions at once are too many for the device's memory", len(live))
             log.warning("batch size %d from here on", self.batch_size)
         for seat in reversed(self._seats):
-            prompts = [other.prompt for other in live if other.seat is seat and len(live) > 1]
+            prompts = [one.prompt for one in live if one.seat is seat]
             prompts += seat.waiting
             if prompts:
                 self._again.appendleft(dataclasses.replace(seat.asked, prompts=prompts))
@@ -1420,74 +1476,201 @@ def all_finite(*tensors: Tensor) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
+# ─────────────────────────────── what comes of them is recorded ────────────────────────────────
+class Progress:
+    """One bar; a line now and then where stderr is no terminal."""
+
+    def __init__(self, num_missing: int) -> None:
+        self.num_extracted = self.num_failed = 0
+        self._is_terminal = sys.stderr.isatty() and RANK == 0
+        self._last_line = time.monotonic()
+        file = sys.stderr if self._is_terminal else open(os.devnull, "w")
+        # Without smoothing: the rate since the start, for answers come in bursts.
+        self.bar = tqdm(total=num_missing, unit=" samples", file=file, ncols=100, smoothing=0)
+
+    def count(self, outcome: Sample | Failure) -> None:
+        """Count a row that is stored, or failed."""
+        has_failed = isinstance(outcome, Failure)
+        self.num_failed += has_failed
+        self.num_extracted += not has_failed
+        self.bar.set_postfix(failed=self.num_failed, refresh=False)
+        self.bar.update()
+        if not self._is_terminal and time.monotonic() - self._last_line > LINE_SECONDS:
+            self._last_line = time.monotonic()
+            log.info("%s", self.bar)
+
+
+@dataclass(eq=False)
+class OpenPart:
+    """A part that this process writes."""
+
+    number: int
+    writer: PartWriter
+    missing: set[Row]  # without an outcome yet
+    failures: list[Failure] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Recorder:
+    """Writes outcomes into their parts, on a thread of its own beside the model.
+
+    Answers end in another order than the plan's, so several parts are open at once; each is
+    finished with the last of its rows. What went wrong on the thread (OSError, Damage) comes out
+    of the next call, and no part that is open then is put in place.
+    """
+
+    options: Options
+    settings: dict  # the root attributes of a part
+    prompter: Prompter
+    lock: OutputLock
+    progress: Progress
+    num_claimed: int = 0
+    _open: dict[Row, OpenPart] = field(default_factory=dict)  # by each row without an outcome
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    _pending: deque[Future] = field(default_factory=deque)
+    _has_failed: bool = False
+
+    def expect(self, number: int, rows: list[Row]) -> None:
+        """Part `number` is this process's; these rows are missing in it."""
+        path = part_path(self.options.output_dir, number)
+        writer = PartWriter(path, self.settings, self.options.compression)
+        self._open.update(dict.fromkeys(rows, OpenPart(number, writer, set(rows))))
+        self.num_claimed += 1
+
+    def record(self, outcome: Sample | Failure) -> None:
+        """Take an outcome."""
+        self._pending.append(self._thread.submit(self._record, outcome))
+        while self._pending and (self._pending[0].done() or len(self._pending) > MAX_BATCH_SIZE):
+            self._pending.popleft().result()
+
+    def drain(self) -> None:
+        """Return when all is written that was recorded."""
+        while self._pending:
+            self._pending.popleft().result()
+
+    def finish(self) -> None:
+        """Save what there is of the parts in hand; of some there is nothing yet."""
+        wait(self._pending)
+        for part in dict.fromkeys(self._open.values()):
+            if part.failures or part.writer.part is not None:
+                self._pending.append(self._thread.submit(self._finish_part, part))
+        wait(self._pending)
+        self.drain()
+
+    def _record(self, outcome: Sample | Failure) -> None:
+        if self._has_failed:
+            return
+        row = outcome.row if isinstance(outcome, Failure) else outcome.prompt.row
+        part = self._open[row]
+        with self._closed_on_error(part):
+            if isinstance(outcome, Failure):
+                part.failures.append(outcome)
+            else:
+                self._write(part.writer, outcome)
+        self.progress.count(outcome)
+        del self._open[row]
+        part.missing.discard(row)
+        if not part.missing:
+            self._finish_part(part)
+
+    def _write(self, writer: PartWriter, sample: Sample) -> None:
+        prompt = sample.prompt
+        vectors = {name: vector.numpy() for name, vector in sample.states.items()}
+        attributes = {
+            "num_prompt_tokens": len(prompt.input_ids),
+            "vision_token_pos": self.prompter.soft_stop - 1,
+            "query_token_pos": len(prompt.input_ids) - 1,
+            "num_answer_tokens": len(sample.answer),
+            "answer_truncated": sample.is_truncated,
+            "image_sha256": sample.image_sha256,
+        }
+        if sample.logprobs:
+            vectors["answer_logprobs"] = np.array(sample.logprobs, dtype=np.float32)
+            attributes["first_token_entropy"] = sample.first_token_entropy
+        writer.add(prompt.row, self.prompter.decode(sample.answer), vectors, attributes)
+
+    def _finish_part(self, part: OpenPart) -> None:
+        """Put a part in place, with the failures of its rows, and let go of it."""
+        output_dir = self.options.output_dir
+        with self._closed_on_error(part):
+            if self._has_failed:
+                return part.writer.close()
+            part.writer.finish()
+            settled = {failure.row.question_id for failure in part.failures}
+            with open_part(part_path(output_dir, part.number)) as stored:
+                settled.update(read_ids(stored))
+            with self.lock.record():
+                update_failures(output_dir, lambda id_: id_ not in settled, part.failures)
+            is_done = not part.missing and not self.options.test
+            self.lock.release(part.number, is_done)
+
+    @contextlib.contextmanager
+    def _closed_on_error(self, part: OpenPart) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._has_failed = True
+            part.writer.close()
+            raise
+
+
 # ───────────────────────────── parts: right, or not there ──────────────────────────────────────
-class CarefulFile(io.RawIOBase):
+class CarefulFile(io.FileIO):
     """What h5py reads and writes instead of the disk: keeps the system's first error, hides it.
 
     HDF5 itself drops what it could not write, and takes the process down at its end. So it is told
-    that all went well, and whoever has the file asks `raise_error`.
+    that all went well, and whoever has the file learns of it at the end of `truthful`.
     """
 
-    def __init__(self, path: Path, flags: int) -> None:
-        self._path = path
-        self._error: OSError | None = None
-        self._pos = 0
-        self._descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        end = os.fstat(self._descriptor).st_size if whence == os.SEEK_END else 0
-        self._pos = end + offset
-        return self._pos
-
-    def tell(self) -> int:
-        return self._pos
+    error: OSError | None = None
 
     def readinto(self, buffer) -> int:
-        rest = memoryview(buffer).cast("B")
-        size = len(rest)
-        while rest and (read := self._attempt(os.preadv, self._descriptor, [rest], self._pos)):
-            self._pos += read
-            rest = rest[read:]
-        self._pos += len(rest)
-        rest[:] = bytes(len(rest))  # behind the end of the file, as HDF5 wants it
-        return size
+        """Fill the buffer, with zeros behind the end of the file, as HDF5 wants it."""
+        rest = self._in_full(lambda fd, rest, pos: os.preadv(fd, [rest], pos), buffer)
+        rest[:] = bytes(len(rest))
+        return len(buffer)
 
     def write(self, buffer) -> int:
-        rest = memoryview(buffer).cast("B")
-        size = len(rest)
-        while rest and (written := self._attempt(os.pwrite, self._descriptor, rest, self._pos)):
-            self._pos += written
-            rest = rest[written:]
-        self._pos += len(rest)
-        return size
+        """Write all of it."""
+        self._in_full(os.pwrite, buffer)
+        return len(buffer)
 
-    def truncate(self, size: int | None = None) -> int:
-        self._attempt(os.ftruncate, self._descriptor, self._pos if size is None else size)
-        return self._pos
+    def truncate(self, size: int | None = None) -> None:
+        """Cut or extend the file."""
+        self._attempt(super().truncate, size)
 
     def sync(self) -> None:
         """Return when all is on the disk."""
-        self._attempt(os.fsync, self._descriptor)
+        self._attempt(os.fsync, self.fileno())
 
     def close(self) -> None:
         """Some file systems tell only here that a write went wrong."""
-        if not self.closed:
-            super().close()
-            self._attempt(os.close, self._descriptor)
+        self._attempt(super().close)
 
-    def raise_error(self) -> None:
-        """Raise the first error that the system answered with."""
-        if error := self._error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
+    @contextlib.contextmanager
+    def truthful(self) -> Iterator[None]:
+        """Raise Damage for what h5py raises within; before anything else the system's error."""
+        try:
+            yield
+        except H5PY_ERRORS as error:
+            if getattr(error, "errno", None):
+                raise
+            raise Damage(str(error)) from error
+        finally:
+            if error := self.error:
+                raise OSError(error.errno, error.strerror, str(self.name)) from error
+
+    def _in_full(self, call: Callable, buffer) -> memoryview:
+        rest, pos = memoryview(buffer).cast("B"), self.tell()
+        while rest and (size := self._attempt(call, self.fileno(), rest, pos)):
+            rest, pos = rest[size:], pos + size
+        return rest
 
     def _attempt(self, call: Callable, *args):
         try:
             return call(*args)
         except OSError as error:
-            self._error = self._error or error
+            self.error = self.error or error
             return None
 
 
@@ -1497,19 +1680,14 @@ def open_part(path: Path) -> Iterator[h5py.File]:
 
     Raises Damage: it holds something else; OSError: the system failed, or somebody writes to it.
     """
-    with contextlib.closing(CarefulFile(path, os.O_RDONLY)) as file:
+    with CarefulFile(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # HDF5's own way to keep others out
         except OSError as error:
             if error.errno not in (*NO_LOCKS, errno.EBADF, errno.EINVAL):
                 raise OSError(error.errno, "it is open in another program", str(path)) from error
-        try:
-            with h5py.File(file, "r") as part:
-                yield part
-        except H5PY_ERRORS as error:
-            file.raise_error()
-            raise Damage(str(error)) from error
-        file.raise_error()  # HDF5 has taken zeros for what could not be read
+        with file.truthful(), h5py.File(file, "r") as part:
+            yield part
 
 
 def part_path(output_dir: Path, number: int) -> Path:
@@ -1526,6 +1704,11 @@ def group_name(question_id: str) -> str:
     """A name that HDF5 takes; `urllib.parse.unquote` gives the question_id back."""
     name = question_id.replace("%", "%25").replace("/", "%2F")
     return name.replace(".", "%2E") if not name.strip(".") else name
+
+
+def read_ids(part: h5py.File) -> list[str]:
+    """The question_ids of a part, without a look at its samples."""
+    return list(map(urllib.parse.unquote, part))
 
 
 def storage_type(name: str, storage_dtype: str) -> h5py.h5t.TypeID:
@@ -1581,145 +1764,184 @@ class PartWriter:
 
     What a finished file of the same number holds is taken over with the first thing to write; if
     there is none, it stays as it is. Memory does not grow with the part.
-    Every method raises OSError if the system failed: then nothing is put in place.
+    Every method raises OSError if the system failed, or Damage: then it is to be closed.
     """
 
-    def __init__(self, path: Path, attributes: dict, compression: str) -> None:
+    def __init__(self, path: Path, attributes: dict, compression: str = "none") -> None:
+        self.part: h5py.File | None = None  # once there was something to write
         self._path = path
         self._partial = path.with_suffix(".partial")
         self._attributes = attributes
         self._storage = (attributes["storage_dtype"], compression)
-        self._file: CarefulFile | None = None
-        self._part: h5py.File | None = None
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether anything was written."""
-        return self._part is not None
-
-    def _open(self) -> h5py.File:
-        if self._part is None:
-            self._file = CarefulFile(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            # HDF5 1.10's format: smaller, and with checksums over all but the vectors themselves.
-            self._part = h5py.File(self._file, "w", libver=("v110", "v110"))
-            if self._path.exists():
-                self._take_over()
-            self._part.attrs.update(self._attributes)
-        return self._part
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[h5py.File]:
+        if self.part is None:
+            self._file = CarefulFile(self._partial, "w+")
+        with self._file.truthful():
+            if self.part is None:
+                # HDF5 1.10's format: smaller, with checksums over all but the vectors themselves.
+                self.part = h5py.File(self._file, "w", libver=("v110", "v110"))
+                if self._path.exists():
+                    self._take_over()
+                self.part.attrs.update(self._attributes)
+            yield self.part
 
     def _take_over(self) -> None:
         try:
             with open_part(self._path) as finished:
-                self._part.attrs.update(finished.attrs)
+                self.part.attrs.update(finished.attrs)
                 for name in finished:
-                    finished.copy(name, self._part)
+                    finished.copy(name, self.part)
         except Damage as damage:
             set_aside(self._path, damage)
             raise
 
     def add(self, row: Row, answer: str, vectors: dict[str, np.ndarray], attributes: dict) -> None:
         """Write one sample; `vectors` are float32, [width] each."""
-        group = self._open().create_group(group_name(row.question_id))
-        texts = {"question": row.question, "image_id": row.image_id, "answer": answer}
-        for name, text in (texts | {"ground_truth_answer": row.ground_truth}).items():
-            group.create_dataset(name, data=text, dtype=h5py.string_dtype())
-        crc32 = 0  # of the vectors as they are read back, in the order of their names
-        for name, vector in sorted(vectors.items()):
-            layout = vector_layout(name, len(vector), *self._storage)
-            stored = vector
-            if layout[0].get_size() == 2:
-                rounded = torch.from_numpy(vector).bfloat16()
-                stored, vector = rounded.view(torch.int16).numpy(), rounded.float().numpy()
-            dataset = h5py.h5d.create(group.id, name.encode(), *layout)
-            dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, stored, layout[0])
-            crc32 = zlib.crc32(vector.tobytes(), crc32)
-        group["vision_only_representation"] = h5py.SoftLink(VISION)
-        named = {"question_id": row.question_id, "row": row.index, "crc32": crc32}
-        group.attrs.update(named | attributes)
-        self._file.raise_error()
+        with self._writing() as part:
+            group = part.create_group(group_name(row.question_id))
+            group["question"] = row.question
+            group["image_id"] = row.image_id
+            group["answer"] = answer
+            group["ground_truth_answer"] = row.ground_truth
+            crc32 = 0  # of the vectors as they are read back, in the order of their names
+            for name, vector in sorted(vectors.items()):
+                layout = vector_layout(name, len(vector), *self._storage)
+                stored = vector
+                if layout[0].get_size() == 2:
+                    rounded = torch.from_numpy(vector).bfloat16()
+                    stored, vector = rounded.view(torch.int16).numpy(), rounded.float().numpy()
+                dataset = h5py.h5d.create(group.id, name.encode(), *layout)
+                dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, stored, layout[0])
+                crc32 = zlib.crc32(vector.tobytes(), crc32)
+            group["vision_only_representation"] = h5py.SoftLink(VISION)
+            named = {"question_id": row.question_id, "row": row.index, "crc32": crc32}
+            group.attrs.update(named | attributes)
 
     def amend(self, row: Row) -> None:
         """Bring the place in the CSV and the ground truth of a stored sample up to date."""
-        group = self._open()[group_name(row.question_id)]
-        group.attrs["row"] = row.index
-        del group["ground_truth_answer"]
-        text = row.ground_truth
-        group.create_dataset("ground_truth_answer", data=text, dtype=h5py.string_dtype())
+        with self._writing() as part:
+            group = part[group_name(row.question_id)]
+            group.attrs["row"] = row.index
+            del group["ground_truth_answer"]
+            group["ground_truth_answer"] = row.ground_truth
 
     def finish(self) -> None:
         """Write, sync, check and rename; a part that gained nothing stays as it was."""
-        if self._part is None and self._path.exists():
+        if self.part is None and self._path.exists():
             return
-        part = self._open()
-        count = len(part)
-        part.attrs["num_samples"] = count
-        part.attrs["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-        part.close()
-        self._file.sync()
-        self._file.close()
-        self._file.raise_error()
+        with self._writing() as part:
+            count = len(part)
+            part.attrs["num_samples"] = count
+            part.attrs["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+            part.close()
+            self._file.sync()
+            self._file.close()
         with open_part(self._partial) as written:
             if len(written) != count:
                 raise Damage(f"{self._partial} holds {len(written)} samples; expected {count}")
         put_in_place(self._partial, self._path)
 
-    def discard(self) -> None:
-        """Forget what was written since the part was opened."""
-        if self._part is not None:
-            with contextlib.suppress(*H5PY_ERRORS):
-                self._part.close()
+    def close(self) -> None:
+        """Give up what is not in place."""
+        if self.part is not None:
+            with contextlib.suppress(OSError, Damage), self._file.truthful():
+                self.part.close()
             self._file.close()
-        with contextlib.suppress(OSError):
-            self._partial.unlink(missing_ok=True)
+        self._partial.unlink(missing_ok=True)
 
 
-def read_part(path: Path, settings: dict) -> list[str]:
-    """The question_ids of a finished part; nothing but its attributes and names is read.
+def read_part(
+    path: Path, settings: dict, by_id: dict[str, Row] | None = None
+) -> tuple[list[str], list[Row]]:
+    """The question_ids of a finished part, and the rows whose place or ground truth is another now.
 
-    Raises Damage: it does not open, or the two do not agree; ExtractionError: other settings.
+    Only its attributes and names are read; the texts of samples where it was written from another
+    CSV, and there are rows `by_id` to compare them with.
+    Raises Damage: it does not open, or the two do not agree; ExtractionError: other settings, or
+    another question or image under a question_id.
     """
     with open_part(path) as part:
-        names = list(part)
         attributes = {
             name: value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
             for name, value in part.attrs.items()
         }
-    version = attributes.get("schema_version", SCHEMA_VERSION)
-    if version != SCHEMA_VERSION:
-        raise ExtractionError(
-            f"{path} was written by another version of this program (schema_version {version}, now "
-            f"{SCHEMA_VERSION}) | choose another --output-dir, or --overwrite"
-        )
-    needed = {*IDENTITY, "model_name", "dataset_sha256", "num_samples", "schema_version"}
-    if absent := needed - attributes.keys():
-        raise Damage(f"its attributes {sorted(absent)} are gone")
-    if differing := [name for name in IDENTITY if attributes[name] != settings[name]]:
-        shown = ["model_name"] * ("model_revision" in differing) + differing
-        pairs = [f"{name} was {attributes[name]!r} and is {settings[name]!r}" for name in shown]
-        raise ExtractionError(
-            f"{path} was written with other settings: {'; '.join(pairs)} "
-            "| go on with the old ones, choose another --output-dir, or --overwrite"
-        )
-    if attributes["num_samples"] != len(names):
-        raise Damage(f"{len(names)} samples; expected {attributes['num_samples']}")
-    return list(map(urllib.parse.unquote, names))
+        version = attributes.get("schema_version", SCHEMA_VERSION)
+        if version != SCHEMA_VERSION:
+            raise ExtractionError(
+                f"{path} was written by another version of this program (schema_version {version}, "
+                f"now {SCHEMA_VERSION}) | choose another --output-dir, or --overwrite"
+            )
+        needed = {*IDENTITY, "model_name", "dataset_sha256", "num_samples", "schema_version"}
+        if absent := needed - attributes.keys():
+            raise Damage(f"its attributes {sorted(absent)} are gone")
+        if differing := [name for name in IDENTITY if attributes[name] != settings[name]]:
+            shown = ["model_name"] * ("model_revision" in differing) + differing
+            pairs = [f"{name} was {attributes[name]!r} and is {settings[name]!r}" for name in shown]
+            raise ExtractionError(
+                f"{path} was written with other settings: {'; '.join(pairs)} "
+                "| go on with the old ones, choose another --output-dir, or --overwrite"
+            )
+        if attributes["num_samples"] != len(part):
+            raise Damage(f"{len(part)} samples; expected {attributes['num_samples']}")
+        is_compared = by_id and attributes["dataset_sha256"] != settings["dataset_sha256"]
+        return read_ids(part), find_changes(path, part, by_id) if is_compared else []
 
 
-def scan_parts(output_dir: Path, settings: dict) -> dict[str, Path]:
-    """In which part each stored question_id stands. A part is set aside where it is damaged, or
-    repeats what stands in an earlier one.
+def find_changes(path: Path, part: h5py.File, by_id: dict[str, Row]) -> list[Row]:
+    """The rows of the CSV that are stored with another place or ground truth.
 
-    Raises ExtractionError: a part is of another kind of run; OSError: the system failed.
+    Raises ExtractionError: with another question or image_id, on which vectors depend.
     """
+    changed = []
+    for group in part.values():
+        names = ("image_id", "question", "ground_truth_answer")
+        texts = [group[name].asstr()[()] for name in names]
+        stored = Row(int(group.attrs["row"]), group.attrs["question_id"], *texts)
+        row = by_id.get(stored.question_id, stored)
+        for name in ("question", "image_id"):
+            was, now = getattr(stored, name), getattr(row, name)
+            if was != now:
+                raise ExtractionError(
+                    f"{path} was written with another {name} of question_id {row.question_id!r}: "
+                    f"it was {was!r} and is {now!r} | give what changed another question_id, "
+                    "choose another --output-dir, or --overwrite"
+                )
+        if row != stored:
+            changed.append(row)
+    return changed
+
+
+def scan_parts(output_dir: Path, settings: dict, rows: Iterable[Row] = ()) -> dict[str, Path]:
+    """In which part each stored question_id stands; what changed in `rows`, but no vector depends
+    on, is brought up to date there. A part is set aside where it is damaged, or repeats what
+    stands in an earlier one.
+
+    Raises ExtractionError: a part is of another kind of run, and none is touched; OSError.
+    """
+    by_id = {row.question_id: row for row in rows}
     stored: dict[str, Path] = {}
+    changed: dict[Path, list[Row]] = {}
     for path in find_parts(output_dir):
         try:
-            question_ids = read_part(path, settings)
+            question_ids, moved = read_part(path, settings, by_id)
             if again := next((one for one in question_ids if one in stored), None):
                 raise Damage(f"question_id {again!r} stands in {stored[again].name} already")
             stored.update(dict.fromkeys(question_ids, path))
+            if moved:
+                changed[path] = moved
         except Damage as damage:
             set_aside(path, damage)
+    names = ("storage_dtype", "dataset", "dataset_sha256")
+    for path, moved in changed.items():
+        attributes = {name: settings[name] for name in names}
+        with contextlib.closing(PartWriter(path, attributes)) as writer:
+            for row in moved:
+                writer.amend(row)
+            writer.finish()
+    if count := sum(map(len, changed.values())):
+        log.info("row or ground truth of %d samples brought up to date", count)
     return stored
 
 
@@ -1731,64 +1953,6 @@ def set_aside(path: Path, damage: Damage) -> None:
         log.warning("%s is damaged (%s): set aside as %s", path, damage, aside.name)
 
 
-def update_texts(rows: list[Row], stored: dict[str, Path], settings: dict) -> None:
-    """Compare parts that were written from another CSV with this one. No vector depends on `row`
-    and `ground_truth_answer`: they are brought up to date. A part whose texts are damaged is set
-    aside, and leaves `stored`.
-
-    Raises ExtractionError: a question or image_id changed under its question_id; then no part has.
-    """
-    by_id = {row.question_id: row for row in rows}
-    changed: dict[Path, list[Row]] = {}
-    for path in sorted(set(stored.values())):
-        try:
-            with open_part(path) as part:
-                is_same = part.attrs["dataset_sha256"] == settings["dataset_sha256"]
-                samples = [] if is_same else [read_texts(part[name]) for name in part]
-        except Damage as damage:
-            set_aside(path, damage)
-            for question_id in [id_ for id_, where in stored.items() if where == path]:
-                del stored[question_id]
-            continue
-        for sample in samples:
-            row = by_id.get(sample.question_id, sample)
-            for name in ("question", "image_id"):
-                was, now = getattr(sample, name), getattr(row, name)
-                if was != now:
-                    raise ExtractionError(
-                        f"{path} was written with another {name} of question_id "
-                        f"{row.question_id!r}: it was {was!r} and is {now!r} | give what changed "
-                        "another question_id, choose another --output-dir, or --overwrite"
-                    )
-            if row != sample:
-                changed.setdefault(path, []).append(row)
-    for path, samples in changed.items():
-        amend_part(path, samples, settings)
-    if changed:
-        count = sum(map(len, changed.values()))
-        log.info("row or ground truth of %d samples brought up to date", count)
-
-
-def read_texts(group: h5py.Group) -> Row:
-    """The row of the CSV from which a sample was made."""
-    names = ("image_id", "question", "ground_truth_answer")
-    texts = [group[name].asstr()[()] for name in names]
-    return Row(int(group.attrs["row"]), group.attrs["question_id"], *texts)
-
-
-def amend_part(path: Path, changed: list[Row], settings: dict) -> None:
-    """Rewrite a part with the new row and ground truth of some samples."""
-    names = ("storage_dtype", "dataset", "dataset_sha256")
-    writer = PartWriter(path, {name: settings[name] for name in names}, "none")
-    try:
-        for row in changed:
-            writer.amend(row)
-        writer.finish()
-    except BaseException:
-        writer.discard()
-        raise
-
-
 def update_failures(
     output_dir: Path, is_open: Callable[[str], bool], new: Iterable[Failure] = ()
 ) -> set[str]:
@@ -1797,6 +1961,7 @@ def update_failures(
     No failures, no file; a line that somebody spoilt goes. Returns the ids that it held before.
     """
     path = output_dir / FAILED_NAME
+    partial = path.with_suffix(".partial")
     before: list[list[str]] = []
     if path.exists():
         text = path.read_bytes().decode(errors="replace")
@@ -1805,15 +1970,14 @@ def update_failures(
     before = [line for line in before if len(line) == 3]
     lines = [line for line in before if is_open(line[0])]
     lines += [[f.row.question_id, f.row.image_id, f.error] for f in new]
-    if not lines:
-        path.unlink(missing_ok=True)
-    else:
-        partial = path.with_suffix(".partial")
+    if lines:
         with open(partial, "w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("question_id", "image_id", "error"), *lines])
             file.flush()
             os.fsync(file.fileno())
         put_in_place(partial, path)
+    else:
+        path.unlink(missing_ok=True)
     return {line[0] for line in before}
 
 
@@ -1834,6 +1998,7 @@ class OutputLock:
     """
 
     RECORD = 1 << 40  # the byte of the JSON, and of `failed_samples.csv`: they belong to all
+    TAKE, SHARE, GIVE = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_SH | fcntl.LOCK_NB, fcntl.LOCK_UN
 
     def __init__(self, output_dir: Path) -> None:
         self.output_dir = output_dir
@@ -1853,44 +2018,38 @@ class OutputLock:
             if error.errno not in NO_LOCKS:
                 raise
             if self.has_locks:
-                rule = "each process takes its share by its rank"
-                if "RANK" not in os.environ:
-                    rule = "this must be the only process at work there"
+                rule = "this must be the only process at work there"
+                if IS_LAUNCHED:
+                    rule = "each process takes its share by its rank"
                 log.warning("the file system of %s has no locks: %s", self.output_dir, rule)
             self.has_locks = False
         return True
-
-    def _take(self, byte: int) -> bool:
-        return self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, byte)
-
-    def _share(self, byte: int) -> bool:
-        return self._lock(fcntl.LOCK_SH | fcntl.LOCK_NB, byte)
 
     def join(self, settings: dict) -> bool:
         """Enter the directory. True for who is alone there: it is to check all, and `open`.
 
         Raises ExtractionError: those who are at work have other settings or rows.
         """
-        patience = time.monotonic() + LINE_SECONDS
-        while not self._take(0):
-            if self._share(0):
+        told = time.monotonic()
+        while not self._lock(self.TAKE, 0):
+            if self._lock(self.SHARE, 0):
                 with self.record() as record:
                     theirs = record["settings"]
                     differing = [name for name in settings if theirs.get(name) != settings[name]]
                     if not differing:
                         record["processes"].append(self._name)
                         return False
-                self._lock(fcntl.LOCK_UN, 0)
-                if self._take(0):  # they have just left
+                self._lock(self.GIVE, 0)
+                if self._lock(self.TAKE, 0):  # they have just left
                     return True
                 pairs = [f"{n} is {theirs.get(n)!r} there, {settings[n]!r} here" for n in differing]
                 raise ExtractionError(
                     f"{self.output_dir} is in use by {', '.join(record['processes'])} with other "
                     f"settings: {'; '.join(pairs)} | wait, or choose another --output-dir"
                 )
-            if time.monotonic() > patience:
+            if time.monotonic() - told > LINE_SECONDS:
                 log.info("waiting for the process that checks %s", self.output_dir)
-                patience += LINE_SECONDS
+                told = time.monotonic()
             time.sleep(0.05)
         return True
 
@@ -1898,32 +2057,30 @@ class OutputLock:
         """Let the others in."""
         with self.record() as record:
             record |= {"settings": settings, "processes": [self._name], "done": []}
-        self._share(0)
+        self._lock(self.SHARE, 0)
 
     def claim(self, number: int) -> bool:
         """Whether part `number` is this process's to write from now on."""
-        if self._take(number) and self.has_locks:
-            return True
-        rank, size = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-        return not self.has_locks and number % size == rank
+        is_granted = self._lock(self.TAKE, number)
+        return is_granted and (self.has_locks or number % NUM_RANKS == RANK)
 
     def release(self, number: int, is_done: bool = False) -> None:
         """Let go of a part; what `is_done` nobody tries again while anybody is at work."""
         if is_done:
             with self.record() as record:
                 record["done"].append(number)
-        self._lock(fcntl.LOCK_UN, number)
+        self._lock(self.GIVE, number)
 
     @contextlib.contextmanager
     def record(self) -> Iterator[dict]:
         """What the file says, to read and to change, one process at a time."""
         with self._thread_lock:
-            while not self._take(self.RECORD):
+            while not self._lock(self.TAKE, self.RECORD):
                 time.sleep(0.01)
             try:
-                size = os.fstat(self._descriptor).st_size
                 record = {"settings": {}, "processes": [], "done": []}
                 with contextlib.suppress(ValueError, TypeError):  # cut short with its writer
+                    size = os.fstat(self._descriptor).st_size
                     text = os.pread(self._descriptor, size, 0).decode()
                     record |= json.JSONDecoder().raw_decode(text)[0]
                 before = json.dumps(record)
@@ -1933,7 +2090,7 @@ class OutputLock:
                     os.pwrite(self._descriptor, text.encode(), 0)
                     os.ftruncate(self._descriptor, len(text))
             finally:
-                self._lock(fcntl.LOCK_UN, self.RECORD)
+                self._lock(self.GIVE, self.RECORD)
 
     def leave(self) -> None:
         """Give everything back."""
@@ -1944,17 +2101,6 @@ class OutputLock:
 
 
 # ─────────────────────────────────────────── the run ───────────────────────────────────────────
-@dataclass(eq=False)
-class Plan:
-    """What there is to do, and what there was."""
-
-    num_rows: int
-    missing: dict[int, list[Row]]  # of every part that this process has not claimed
-    stored: dict[str, Path]  # in which part each question_id stands
-    stored_about: dict[str, list[str]]  # question_ids that stand somewhere, by image_id
-    known_failures: set[str]  # question_ids that failed before
-
-
 def describe_run(options: Options, config, prompter: Prompter, rows: list[Row], device) -> dict:
     """The root attributes of every part; those in `IDENTITY` may not change."""
     import transformers
@@ -2001,30 +2147,29 @@ def open_output(
     is_first = lock.join(identity)
     if options.overwrite and not is_first:
         raise ExtractionError(f"--overwrite: others are at work in {output_dir} | wait for them")
-    stored = {} if options.overwrite else scan_parts(output_dir, settings)
-    checks = is_first and (lock.has_locks or os.environ.get("RANK", "0") == "0")
-    if checks:
-        update_texts(rows, stored, settings)
+    checks = is_first and (lock.has_locks or RANK == 0)
+    compared = rows if checks else ()
+    stored = {} if options.overwrite else scan_parts(output_dir, settings, compared)
     wanted = set(rows[:NUM_TEST_ROWS] if options.test else rows)
     missing, about = {}, {}
     for number, part in plan_parts(rows, options.checkpoint_interval).items():
         if left := [row for row in part if row in wanted and row.question_id not in stored]:
             missing[number] = left
     for row in rows:
-        if row.question_id in stored:
-            about.setdefault(row.image_id, []).append(row.question_id)
+        if path := stored.get(row.question_id):
+            about.setdefault(row.image_id, {}).setdefault(path, []).append(row.question_id)
     if checks:
         if lock.has_locks:  # or others may be at work unseen
             remove_files(output_dir, everything=False)
         check_disk(output_dir, sum(map(len, missing.values())) * sample_size, options.overwrite)
-        if options.overwrite:
-            remove_files(output_dir, everything=True)
+    if options.overwrite:
+        remove_files(output_dir, everything=True)
     unstored = {row.question_id for row in rows} - stored.keys()
     with lock.record():
         known_failures = update_failures(output_dir, unstored.__contains__)
     if is_first:
         lock.open(identity)
-    return Plan(len(wanted), missing, stored, about, known_failures)
+    return Plan(len(wanted), missing, about, known_failures)
 
 
 def check_disk(output_dir: Path, needed: int, frees_parts: bool) -> None:
@@ -2039,36 +2184,6 @@ def check_disk(output_dir: Path, needed: int, frees_parts: bool) -> None:
         )
 
 
-def claim_rows(
-    plan: Plan, lock: OutputLock, expect: Callable[[int, list[Row]], None]
-) -> Iterator[Row]:
-    """The missing rows of one part after the other that no other process has taken.
-
-    `expect` is told of each part and its missing rows before they come.
-    """
-    for number in list(plan.missing):
-        if not lock.claim(number):
-            continue
-        rows = still_missing(plan.missing.pop(number), part_path(lock.output_dir, number))
-        with lock.record() as record:
-            is_done = number in record["done"]
-        if is_done or not rows:
-            lock.release(number)
-            continue
-        # What a dead process has left of it.
-        part_path(lock.output_dir, number).with_suffix(".partial").unlink(missing_ok=True)
-        expect(number, rows)
-        yield from rows
-
-
-def still_missing(rows: list[Row], path: Path) -> list[Row]:
-    """The rows that have not been stored in a part meanwhile."""
-    stored = set()
-    with contextlib.suppress(FileNotFoundError), open_part(path) as part:
-        stored = set(map(urllib.parse.unquote, part))
-    return [row for row in rows if row.question_id not in stored]
-
-
 def count_elsewhere(plan: Plan, lock: OutputLock) -> int:
     """Missing rows of the parts that other processes hold."""
     count = 0
@@ -2076,237 +2191,8 @@ def count_elsewhere(plan: Plan, lock: OutputLock) -> int:
         if lock.claim(number):
             lock.release(number)
         elif lock.has_locks:
-            count += len(still_missing(rows, part_path(lock.output_dir, number)))
+            count += len(rows)
     return count
-
-
-class ImageSource:
-    """Images with their questions, in order, prepared by threads beside the model.
-
-    A row that cannot be asked goes to `fail`. An error ends the images and is kept in `error`, so
-    that what the model has in hand is answered before anybody raises it.
-    """
-
-    def __init__(
-        self, options: Options, prompter: Prompter, plan: Plan, fail: Callable[[Failure], None]
-    ) -> None:
-        self.error: ExtractionError | None = None
-        self._options = options
-        self._prompter = prompter
-        self._plan = plan
-        self._fail = fail
-        self._streak = FailureStreak(plan.known_failures)
-
-    def images(self, rows: Iterable[Row]) -> Iterator[Asked]:
-        """The images of consecutive rows; few are in memory at a time, whatever the batch."""
-        num_ahead = 2 * self._options.num_workers
-        pending: deque[Future] = deque()
-        with ThreadPoolExecutor(self._options.num_workers) as pool:
-            try:
-                for _, about_image in itertools.groupby(rows, key=lambda row: row.image_id):
-                    pending.append(pool.submit(self.ask, list(about_image)))
-                    if len(pending) > num_ahead:
-                        yield from self._check(*pending.popleft().result())
-                while pending:
-                    yield from self._check(*pending.popleft().result())
-            except ExtractionError as error:
-                self.error = error
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-    def ask(self, rows: list[Row]) -> tuple[Asked | None, list[Failure]]:
-        """The rows about one image as the model reads them, ready for an asynchronous copy."""
-
-        def load(image_id: str) -> tuple[Tensor, str]:
-            image, sha256 = open_image(self._options.images_dir, image_id)
-            pixel_values = self._prompter.pixels(image).to(getattr(torch, self._options.dtype))
-            is_pinned = self._options.device.startswith("cuda")
-            return pixel_values.pin_memory() if is_pinned else pixel_values, sha256
-
-        try:
-            return self._prompter.ask(rows, load)
-        except RuntimeError as error:  # of this machine's memory, say, not of the model's device
-            raise ExtractionError(f"preparing image {rows[0].image_id!r}: {error}") from error
-
-    def _check(self, asked: Asked | None, failures: list[Failure]) -> Iterator[Asked]:
-        for failure in failures:
-            self._fail(failure)
-            if self._options.strict:
-                where = f"question_id {failure.row.question_id!r}"
-                raise ExtractionError(f"--strict: {where} failed: {failure.error}")
-            if not asked:
-                self._streak.extend(failure)
-        if asked:
-            self._streak.end()
-            self._check_unchanged(asked.prompts[0].row.image_id, asked.image_sha256)
-            yield asked
-
-    def _check_unchanged(self, image_id: str, image_sha256: str) -> None:
-        """Raise ExtractionError if samples are stored about another picture of that name."""
-        by_part: dict[Path, list[str]] = {}
-        for question_id in self._plan.stored_about.get(image_id, ()):
-            by_part.setdefault(self._plan.stored[question_id], []).append(question_id)
-        for path, question_ids in by_part.items():
-            try:
-                with open_part(path) as part:
-                    found = {q: part[group_name(q)].attrs["image_sha256"] for q in question_ids}
-            except Damage as damage:
-                set_aside(path, damage)
-                raise ExtractionError(f"{path} is damaged | the same command goes on") from damage
-            if others := [q for q in question_ids if found[q] != image_sha256]:
-                raise ExtractionError(
-                    f"image {image_id!r} has changed: question_id {others[0]!r} is stored about "
-                    "another picture of that name | put that one back, give the new one another "
-                    "name, or --overwrite"
-                )
-
-
-class Progress:
-    """One bar; a line now and then where stderr is no terminal."""
-
-    def __init__(self, num_missing: int) -> None:
-        self.num_extracted = self.num_failed = 0
-        self._is_terminal = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-        self._last_line = time.monotonic()
-        file = sys.stderr if self._is_terminal else open(os.devnull, "w")
-        # Without smoothing: the rate since the start, for answers come in bursts.
-        self.bar = tqdm(total=num_missing, unit=" samples", file=file, ncols=100, smoothing=0)
-
-    def count(self, num_extracted: int, num_failed: int) -> None:
-        """Count rows that are stored, or listed as failed."""
-        self.num_extracted += num_extracted
-        self.num_failed += num_failed
-        self.bar.set_postfix(failed=self.num_failed, refresh=False)
-        self.bar.update(num_extracted + num_failed)
-        if not self._is_terminal and time.monotonic() - self._last_line > LINE_SECONDS:
-            self._last_line = time.monotonic()
-            log.info("%s", self.bar)
-
-
-@dataclass(eq=False)
-class OpenPart:
-    """A part that this process writes."""
-
-    number: int
-    writer: PartWriter
-    missing: set[Row]  # without an outcome yet
-    failures: list[Failure] = field(default_factory=list)
-
-
-class Recorder:
-    """Writes outcomes into their parts, on a thread of its own beside the model.
-
-    Answers end in another order than the plan's, so several parts are open at once; each is
-    finished with the last of its rows. What went wrong on the thread comes out of the next call.
-    """
-
-    def __init__(
-        self, options: Options, settings: dict, prompter: Prompter, shapes: dict, lock: OutputLock
-    ) -> None:
-        self.progress: Progress | None = None
-        self.num_claimed = 0
-        self._options = options
-        self._settings = settings
-        self._prompter = prompter
-        self._shapes = shapes
-        self._lock = lock
-        self._open: dict[Row, OpenPart] = {}  # by each row without an outcome
-        self._thread = ThreadPoolExecutor(1)
-        self._pending: deque[Future] = deque()
-        self._has_failed = False
-
-    def expect(self, number: int, rows: list[Row]) -> None:
-        """Part `number` is this process's; these rows are missing in it."""
-        path = part_path(self._options.output_dir, number)
-        writer = PartWriter(path, self._settings, self._options.compression)
-        self._open.update(dict.fromkeys(rows, OpenPart(number, writer, set(rows))))
-        self.num_claimed += 1
-
-    def record(self, outcome: Sample | Failure) -> None:
-        """Take an outcome. Raises ExtractionError: an earlier one could not be written."""
-        self._pending.append(self._thread.submit(self._record, outcome))
-        while self._pending and (self._pending[0].done() or len(self._pending) > MAX_BATCH_SIZE):
-            self._pending.popleft().result()
-
-    def drain(self) -> None:
-        """Return when all is written that was recorded."""
-        while self._pending:
-            self._pending.popleft().result()
-
-    def finish(self) -> None:
-        """Save what there is of the parts in hand; of some there is nothing yet."""
-        for part in dict.fromkeys(self._open.values()):
-            if part.failures or part.writer.has_begun:
-                self._pending.append(self._thread.submit(self._finish_part, part))
-        wait(self._pending)
-        self.drain()
-
-    def _record(self, outcome: Sample | Failure) -> None:
-        row = outcome.row if isinstance(outcome, Failure) else outcome.prompt.row
-        if self._has_failed:
-            return
-        part = self._open[row]
-        if isinstance(outcome, Failure):
-            part.failures.append(outcome)
-            self.progress.count(0, 1)
-        else:
-            with self._explain_errors(part):
-                self._write(part.writer, outcome)
-            self.progress.count(1, 0)
-        part.missing.discard(row)
-        del self._open[row]
-        if not part.missing:
-            self._finish_part(part)
-
-    def _write(self, writer: PartWriter, sample: Sample) -> None:
-        prompt, widths = sample.prompt, list(self._shapes.values())
-        vectors = zip(self._shapes, sample.states.split(widths), strict=True)
-        vectors = {name: vector.numpy() for name, vector in vectors}
-        attributes = {
-            "num_prompt_tokens": len(prompt.input_ids),
-            "vision_token_pos": self._prompter.soft_stop - 1,
-            "query_token_pos": len(prompt.input_ids) - 1,
-            "num_answer_tokens": len(sample.answer),
-            "answer_truncated": sample.is_truncated,
-            "image_sha256": sample.image_sha256,
-        }
-        if sample.logprobs:
-            vectors["answer_logprobs"] = np.array(sample.logprobs, dtype=np.float32)
-            attributes["first_token_entropy"] = sample.first_token_entropy
-        writer.add(prompt.row, self._prompter.decode(sample.answer), vectors, attributes)
-
-    def _finish_part(self, part: OpenPart) -> None:
-        """Put a part in place, with the failures of its rows, and let go of it."""
-        if self._has_failed:
-            return part.writer.discard()
-        with self._explain_errors(part):
-            part.writer.finish()
-            failed = {failure.row.question_id for failure in part.failures}
-            with open_part(part_path(self._options.output_dir, part.number)) as stored:
-                settled = failed | set(map(urllib.parse.unquote, stored))
-            with self._lock.record():
-                update_failures(
-                    self._options.output_dir, lambda id_: id_ not in settled, part.failures
-                )
-            is_done = not part.missing and not self._options.test
-            self._lock.release(part.number, is_done)
-
-    @contextlib.contextmanager
-    def _explain_errors(self, part: OpenPart) -> Iterator[None]:
-        """What goes wrong with a part is told in one line, and the part is not put in place."""
-        try:
-            yield
-        except (Damage, *H5PY_ERRORS) as error:
-            self._has_failed = True
-            part.writer.discard()
-            output_dir = self._options.output_dir
-            advice = "the parts in hand are not saved, those in place are whole; run it again"
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                advice += ", once there is room"
-            raise ExtractionError(
-                f"writing part {part.number} to {output_dir}: "
-                f"{getattr(error, 'strerror', None) or error} | {advice}"
-            ) from error
 
 
 def work_through(
@@ -2329,7 +2215,7 @@ def work_through(
             if recorder.num_claimed > num_claimed:
                 continue
             # A launcher ends everybody with the first process that fails: none may end early.
-            if "RANK" not in os.environ or not count_elsewhere(plan, lock):
+            if not (IS_LAUNCHED and count_elsewhere(plan, lock)):
                 break
             time.sleep(0.5)
     finally:
@@ -2341,7 +2227,7 @@ def extract(options: Options) -> int:
 
     Raises ExtractionError: it could not start or go on; OSError: the system failed.
     """
-    if options.overwrite and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if options.overwrite and NUM_RANKS > 1:
         raise ExtractionError(
             "--overwrite needs the directory for itself: a process that came late would delete "
             "what others wrote | empty --output-dir first, or overwrite with one process"
@@ -2354,6 +2240,7 @@ def extract(options: Options) -> int:
         prompter = Prompter(processor, config)
     settings = describe_run(options, config, prompter, rows, device)
     shapes = state_shapes(config, settings["layers"])
+    sample_size = bytes_per_sample(shapes, options.storage_dtype)
     # With --overwrite nothing is deleted before the model has shown that it loads.
     model = load_model(options, config, device) if options.overwrite else None
     try:
@@ -2365,32 +2252,30 @@ def extract(options: Options) -> int:
         ) from error
     with contextlib.ExitStack() as stack:
         stack.callback(lock.leave)
-        size = bytes_per_sample(shapes, options.storage_dtype)
-        plan = open_output(options, lock, settings, rows, size)
+        plan = open_output(options, lock, settings, rows, sample_size)
         num_missing = sum(map(len, plan.missing.values()))
         log.info("%d rows in the plan, %d to do", plan.num_rows, num_missing)
         if not (num_missing or options.test):
             return summarise(plan, lock, Progress(0), 0.0)
         model = model or load_model(options, config, device)
-        settings["model_type"] = name_model_type(model.num_parameters())
-        num_tokens = len(prompter.tokenize("?"))
-        batch_size = choose_batch_size(options, config, num_tokens, device)
+        billions = model.num_parameters() / 1e9
+        size = f"{billions:.0f}b" if billions >= 0.5 else f"{1e3 * billions:.1f}m"
+        settings["model_type"] = f"gemma-3-{size}-multimodal"
+        batch_size = choose_batch_size(options, config, len(prompter.tokenize("?")), device)
         limits = (options.max_new_tokens, batch_size)
         extractor = Extractor(model, prompter, settings["layers"], *limits)
-        recorder = Recorder(options, settings, prompter, shapes, lock)
-        source = ImageSource(options, prompter, plan, recorder.record)
         stack.enter_context(STOP.deferred())
         stack.enter_context(logging_redirect_tqdm([log]))
-        recorder.progress = progress = Progress(num_missing)
+        progress = Progress(num_missing)
+        recorder = Recorder(options, settings, prompter, lock, progress)
+        source = ImageSource(options, prompter, plan, recorder.record)
         start = time.monotonic()
-        try:
+        with contextlib.closing(progress.bar):
             work_through(plan, lock, source, extractor, recorder)
-        finally:
-            progress.bar.close()
         num_seconds = time.monotonic() - start
         is_sound = True
-        if options.test and os.environ.get("RANK", "0") == "0" and not STOP.status:
-            is_sound = report_test(options, settings, size, extractor, rows)
+        if options.test and RANK == 0 and not STOP.status:
+            is_sound = report_test(options, settings, sample_size, extractor, rows)
         if STOP.status:
             log.warning("stopped; what was done is saved, and the same command goes on from there")
             return STOP.status
@@ -2464,22 +2349,21 @@ def compare_with_plain(images_dir: Path, extractor: Extractor, asked: Asked) -> 
     kept = hidden[extractor.layers]  # [layers, T, D]
     soft = slice(prompter.soft_start, prompter.soft_stop)
     expected = [patches, *kept[:, soft.stop - 1], *kept[:, -1], *kept.mean(dim=1)]
-    vectors = states.split(list(state_shapes(model.config, extractor.layers).values()))
-    errors = list(map(relative_error, vectors, expected))
+    errors = list(map(relative_error, states.values(), expected))
     effect = relative_error(unmasked[-1, soft], hidden[-1, soft])
     return input_ids == prompt.input_ids, effect, errors
 
 
 def time_rows(extractor: Extractor, source: ImageSource, tried: list[Row], rows: list[Row]):
     """Seconds and answer tokens a row: a batch of those `tried`, as many an image as in `rows`."""
-    again, numbers = itertools.cycle(tried), itertools.count()
     each = round(len(rows) / len({row.image_id for row in rows}))
     each = min(each, extractor.batch_size)
     num_images = max(len(tried), extractor.batch_size // each)  # answers differ between images
+    questions = itertools.cycle(tried)
+    images = itertools.islice(itertools.cycle(tried), num_images)
     repeated = [
-        dataclasses.replace(next(again), index=next(numbers), image_id=row.image_id)
-        for row in itertools.islice(itertools.cycle(tried), num_images)
-        for _ in range(each)
+        dataclasses.replace(next(questions), index=index, image_id=row.image_id)
+        for index, row in enumerate(row for row in images for _ in range(each))
     ]
     begin = time.monotonic()
     outcomes = list(extractor.run(source.images(repeated)))
@@ -2492,48 +2376,43 @@ def report_test(
     options: Options, settings: dict, sample_size: int, extractor: Extractor, rows: list[Row]
 ) -> bool:
     """Print what the first rows show and what the whole CSV would take; whether all is well."""
-    nothing = Plan(0, {}, {}, {}, set())
+    nothing = Plan(0, {}, {}, set())
     source = ImageSource(options, extractor.prompter, nothing, fail=lambda failure: None)
     first, asked = rows[:NUM_TEST_ROWS], []
     for row in first:  # its image is asked all the questions, so that it goes the shared way
         others = [dataclasses.replace(r, image_id=row.image_id) for r in first if r is not row]
-        asked.append(source.ask([row, *others])[0])
-    asked = [one for one, row in zip(asked, first) if one and one.prompts[0].row is row]
+        one, _ = source.ask([row, *others])
+        if one and one.prompts[0].row is row:
+            asked.append(one)
     if not asked:
         print("none of the first rows can be extracted, so nothing was checked")
         return True
-    compared = [compare_with_plain(options.images_dir, extractor, one) for one in asked]
-    is_sound = print_checks(options.dtype, extractor, asked, compared)
-    versions = [f"{name} {settings[f'{name}_version']}" for name in ("torch", "transformers")]
-    device = settings.get("device_name", settings["device"])
-    kernel = name_attention_kernel(extractor)
-    seconds, num_tokens = time_rows(extractor, source, [a.prompts[0].row for a in asked], rows)
-    rate = int(os.environ.get("WORLD_SIZE", "1")) / seconds
-    size, num_images = len(rows) * sample_size / 1e9, len({row.image_id for row in rows})
+    is_sound = print_checks(options, extractor, asked)
+    tried = [one.prompts[0].row for one in asked]
+    seconds, num_tokens = time_rows(extractor, source, tried, rows)
+    rate, num_images = NUM_RANKS / seconds, len({row.image_id for row in rows})
     free = shutil.disk_usage(options.output_dir).free / 1e9
     print(
-        f"{', '.join(versions)}; {options.dtype} on {device}; attention by {kernel}",
-        f"peak memory {peak_memory(extractor.device)}",
-        f"the whole CSV takes {size:.2f} GB; {free:.0f} GB are free",
+        f"torch {settings['torch_version']}, transformers {settings['transformers_version']}; "
+        f"{options.dtype} on {settings.get('device_name', settings['device'])}; attention by "
+        f"{name_attention_kernel(extractor)}\npeak memory {peak_memory(extractor.device)}\n"
+        f"the whole CSV takes {len(rows) * sample_size / 1e9:.2f} GB; {free:.0f} GB are free\n"
         f"{len(rows)} rows about {num_images} images take {len(rows) / rate / 3600:.2f} h at "
         f"{rate:.2f} samples/s, if answers have {num_tokens:.0f} tokens as here",
-        sep="\n",
         flush=True,
     )
     return is_sound
 
 
-def print_checks(
-    dtype: str, extractor: Extractor, asked: list[Asked], compared: list[tuple]
-) -> bool:
-    """Print what the comparisons show, and the errors of each layer; whether all is well."""
+def print_checks(options: Options, extractor: Extractor, asked: list[Asked]) -> bool:
+    """Print what comparisons show, and the errors of each layer; whether all is well."""
     prompter, layers = extractor.prompter, extractor.layers
-    bound, eps = TEST_BOUNDS[dtype], torch.finfo(getattr(torch, dtype)).eps
-    positions = [len(one.prompts[0].input_ids) - 1 for one in asked]
+    compared = [compare_with_plain(options.images_dir, extractor, one) for one in asked]
     same_tokens, effects, all_errors = zip(*compared, strict=True)
     errors, effect = torch.tensor(all_errors).amax(dim=0), min(effects)  # amax keeps a NaN
-    worst = float(errors.max())
-    last_soft = prompter.soft_stop - 1
+    worst, bound = float(errors.max()), TEST_BOUNDS[options.dtype]
+    positions = [len(one.prompts[0].input_ids) - 1 for one in asked]
+    last_soft, eps = prompter.soft_stop - 1, torch.finfo(getattr(torch, options.dtype)).eps
     checks = {
         "the processor's own tokens, one <bos>": all(same_tokens),
         f"soft tokens {prompter.soft_start} to {last_soft}, vision token {last_soft}, query tokens "
@@ -2599,74 +2478,54 @@ def dtype_name(text: str) -> str:
     return text
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line: a flag for every field of `Options`, with its default."""
+def read_options(words: list[str]) -> Options:
+    """What the command line says."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    path = {"type": Path, "metavar": "PATH"}
-    count = {"type": at_least(1), "metavar": "N"}
-    dtypes = list(TEST_BOUNDS)
+    count, dtypes, packings = at_least(1), list(TEST_BOUNDS), ["none", "gzip", "lzf"]
+    cores = min(8, len(os.sched_getaffinity(0)))
 
     add = parser.add_argument_group("what to read and where to write").add_argument
     columns = "question_id, image_id|image_name, question, answer|gt_answer"
-    add("--vqa-dataset", required=True, help=f"CSV with {columns}", **path)
-    add("--images-dir", required=True, help="where image_id names a file", **path)
-    add("--output-dir", help="where the part files go (%(default)s)", **path)
+    add("--vqa-dataset", type=Path, required=True, metavar="CSV", help=f"table with {columns}")
+    add("--images-dir", type=Path, required=True, metavar="DIR", help="where image_id names a file")
+    add("--output-dir", type=Path, default="output", metavar="DIR", help="where the parts go")
     add("--overwrite", action="store_true", help="start afresh: delete what this program wrote")
     add("--test", action="store_true", help="first 3 rows, then checks, and time and disk for all")
     add("--strict", action="store_true", help="stop at the first row that fails")
 
     add = parser.add_argument_group("the model").add_argument
-    add("--model", help="name on the Hugging Face hub, or local directory (%(default)s)")
-    add("--revision", help="branch, tag or commit on the hub (%(default)s)")
-    add("--cache-dir", help="where downloads are kept (%(default)s)", **path)
-    add("--device", help="cuda, cpu or any torch device (%(default)s)")
+    add("--model", default="google/gemma-3-12b-it", help="name on the hub, or local directory")
+    add("--revision", default="main", help="branch, tag or commit on the hub")
+    add("--cache-dir", type=Path, default="model_cache", metavar="DIR", help="for downloads")
+    add("--device", default="cuda", help="cuda, cpu or any torch device")
     add("--device-map", choices=["auto"], help="spread one model over GPUs and CPU")
-    add("--dtype", type=dtype_name, choices=dtypes, help="of the model (%(default)s)")
+    add("--dtype", type=dtype_name, choices=dtypes, default="bfloat16", help="of the model")
 
     add = parser.add_argument_group("what is extracted").add_argument
-    layers = "negative: from the end (default: first, quarters and last)"
+    layers = "negative: from the end; None: first, quarters and last"
     add("--layers", type=layer_list, metavar="I,J|all", help=layers)
-    tokens = "limit of an answer; 0: none (%(default)s)"
-    add("--max-new-tokens", type=at_least(0), metavar="N", help=tokens)
+    tokens = "limit of an answer; 0: none"
+    add("--max-new-tokens", type=at_least(0), default=200, metavar="N", help=tokens)
 
     add = parser.add_argument_group("how it is run and stored").add_argument
-    side_by_side = "questions answered side by side (auto: what suits the device)"
-    add("--batch-size", type=size_or_auto, metavar="N|auto", help=side_by_side)
-    add("--num-workers", help="threads that prepare images (%(default)s here)", **count)
-    add("--checkpoint-interval", help="samples per part file (%(default)s)", **count)
-    add("--storage-dtype", choices=dtypes, help="of the vectors (%(default)s)")
-    add("--compression", choices=["none", "gzip", "lzf"], help="of the vectors (%(default)s)")
-
-    with_default = [f for f in dataclasses.fields(Options) if f.default != dataclasses.MISSING]
-    parser.set_defaults(**{f.name: f.default for f in with_default})
-    return parser
+    batch_size = "questions answered side by side; auto: what suits the device"
+    add("--batch-size", type=size_or_auto, default="auto", metavar="N|auto", help=batch_size)
+    add("--num-workers", type=count, default=cores, metavar="N", help="threads that prepare images")
+    add("--checkpoint-interval", type=count, default=1000, metavar="N", help="samples a part file")
+    add("--storage-dtype", choices=dtypes, default="float32", help="of the vectors")
+    add("--compression", choices=packings, default="none", help="of the vectors")
+    return parser.parse_args(words)
 
 
-def one_line(error: Exception) -> str:
-    """Its message without line breaks."""
-    return " ".join(str(error).split())
+class Unfailing(io.FileIO):
+    """What cannot be written here is lost: a message without room must not end the run."""
 
-
-class Unfailing:
-    """A stream on which nothing fails: a message that finds no room must not end the run."""
-
-    def __init__(self, stream) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
+    def write(self, content) -> int:
         """Write if possible."""
         with contextlib.suppress(OSError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush if possible."""
-        with contextlib.suppress(OSError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
+            super().write(content)
+        return len(content)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2675,27 +2534,30 @@ def main(argv: list[str] | None = None) -> int:
     if "--layers" in words[:-1]:  # "-1,2" looks like a flag to argparse, but not behind a "="
         place = words.index("--layers")
         words[place : place + 2] = [f"--layers={words[place + 1]}"]
-    options = Options(**vars(make_parser().parse_args(words)))
-    rank = os.environ.get("RANK", "0")
+    options = read_options(words)
     handler = logging.StreamHandler()
-    prefix = "" if rank == "0" else f"process {rank}: "
-    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    handler.setFormatter(logging.Formatter(f"process {RANK}: %(message)s" if RANK else None))
     log.handlers = [handler]
-    log.setLevel(logging.INFO if rank == "0" else logging.WARNING)
+    log.setLevel(logging.WARNING if RANK else logging.INFO)
     try:
         return extract(options)
     except ExtractionError as error:
-        log.error("%s", one_line(error))
+        told = str(error)
     except torch.OutOfMemoryError as error:
         advice = "a smaller --batch-size, --device-map auto, or a larger card"
-        log.error("the device's memory is too small: %s | %s", one_line(error), advice)
+        told = f"the device's memory is too small: {error} | {advice}"
     except (OSError, Damage) as error:
-        log.error("%s | what is in place is whole; the same command goes on", one_line(error))
+        told = f"{error} | parts in hand are not saved, those in place are whole; run it again"
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            told += ", once there is room"
+    log.error("%s", " ".join(told.split()))
     return 1
 
 
 if __name__ == "__main__":
-    sys.stderr = Unfailing(sys.stderr)
+    as_it_was = {"encoding": sys.stderr.encoding, "errors": "backslashreplace"}
+    unfailing = Unfailing(sys.stderr.fileno(), "w", closefd=False)
+    sys.stderr = io.TextIOWrapper(unfailing, **as_it_was, write_through=True)
     exit_status = main()
     for signum in StopSignal.SIGNALS:
         signal.signal(signum, signal.SIG_IGN)  # nothing is left to stop

@@ -34,7 +34,7 @@ from pathlib import Path
 import easy_vqa
 import torch
 import transformers
-from conftest import MODEL, ROOT  # noqa: F401  puts the scripts on the path
+from conftest import MODEL, make_options  # puts the scripts on the path
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor, Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -182,22 +182,21 @@ class Bench:
         """Seconds a row with everything included, from the plan to the last part; batch size."""
         config, prompter = self.model.config, script.Prompter(self.processor, self.model.config)
         with tempfile.TemporaryDirectory() as directory:
-            options = script.Options(
+            options = make_options(
                 Path("easy_vqa"),
                 self.images_dir,
-                Path(directory),
+                output_dir=Path(directory),
                 dtype=str(self.model.dtype).partition(".")[2],
                 device=str(self.device),
                 max_new_tokens=max(lengths),
                 batch_size=batch_size,
             )
             settings = script.describe_run(options, config, prompter, rows, self.device)
-            shapes = script.state_shapes(config, settings["layers"])
             lock = script.OutputLock(Path(directory))
             start = time.perf_counter()
             plan = script.open_output(options, lock, settings, rows, 0)
-            recorder = script.Recorder(options, settings, prompter, shapes, lock)
-            recorder.progress = script.Progress(len(rows))
+            progress = script.Progress(len(rows))
+            recorder = script.Recorder(options, settings, prompter, lock, progress)
             source = script.ImageSource(options, prompter, plan, recorder.record)
             size = script.choose_batch_size(options, config, 274, self.device)
             layers, limit = settings["layers"], options.max_new_tokens
@@ -206,7 +205,7 @@ class Bench:
             script.work_through(plan, lock, source, extractor, recorder)
             seconds = time.perf_counter() - start
             lock.leave()
-        assert recorder.progress.num_extracted == len(rows)
+        assert progress.num_extracted == len(rows)
         return seconds / len(rows), size
 
 

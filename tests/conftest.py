@@ -1,5 +1,6 @@
 """What all tests share: the tiny checkpoint, the data, the script run as a person runs it."""
 
+import argparse
 import contextlib
 import csv
 import logging
@@ -47,6 +48,14 @@ def prompter(processor, model):
     import run_gemma3_extraction as script
 
     return script.Prompter(processor, model.config)
+
+
+def make_options(vqa_dataset=CSV, images_dir=IMAGES, **fields):
+    """What the command line makes of its defaults, and of these fields."""
+    import run_gemma3_extraction as script
+
+    words = ["--vqa-dataset", str(vqa_dataset), "--images-dir", str(images_dir)]
+    return argparse.Namespace(**{**vars(script.read_options(words)), **fields})
 
 
 def write_csv(path, rows, header=HEADER):

@@ -13,6 +13,7 @@ import argparse
 import atexit
 import ctypes
 import gc
+import importlib
 import itertools
 import multiprocessing
 import multiprocessing.forkserver
@@ -167,7 +168,7 @@ def run_program(words: list[str], stderr_path: Path, env: dict, inject: tuple, p
     status = 1
     try:
         if patch:
-            patch(script)
+            patch(importlib.reload(script))  # it has read the environment when it was imported
             raise SystemExit(script.main(words))
         runpy.run_path(str(SCRIPT), run_name="__main__")
     except SystemExit as end:

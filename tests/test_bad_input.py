@@ -18,6 +18,7 @@ from conftest import (
     MODEL,
     assert_same_samples,
     flags,
+    make_options,
     no_hang,
     read_failed,
     read_samples,
@@ -218,7 +219,7 @@ def test_25_different_images_in_a_row_stop_the_run(run_here, out):
 
 def test_failed_images_are_counted_as_they_are_read(prompter):
     """A volume that goes away after row 1 must stop the run at image 25, not at the last one."""
-    options = script.Options(CSV, IMAGES, device="cpu", num_workers=2)
+    options = make_options(CSV, IMAGES, device="cpu", num_workers=2)
     num_taken, failures = 0, []
 
     def rows():
@@ -226,7 +227,7 @@ def test_failed_images_are_counted_as_they_are_read(prompter):
         for num_taken in range(10_000):
             yield script.Row(num_taken, str(num_taken), f"{num_taken}.png", Q, "")
 
-    plan = script.Plan(10_000, {}, {}, {}, set())
+    plan = script.Plan(10_000, {}, {}, set())
     source = script.ImageSource(options, prompter, plan, failures.append)
     assert list(source.images(rows())) == []
     assert "25 different images" in str(source.error)

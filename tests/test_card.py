@@ -6,7 +6,7 @@ import json
 import benchmark
 import pytest
 import torch
-from conftest import MODEL
+from conftest import MODEL, make_options
 from safetensors.torch import load_file, save_file
 from test_extraction import make_extractor, reference, run_all, worst_error
 from transformers import AutoModelForImageTextToText, AutoProcessor, Gemma3Config
@@ -111,14 +111,14 @@ def test_batch_size_follows_from_free_memory(size, memory, expected):
 
 def test_batch_size_is_the_users_or_fixed_on_a_cpu(monkeypatch):
     config = make_config("12b")
-    options = script.Options(None, None, device="cpu")
+    options = make_options(device="cpu")
     device = torch.device("cpu")
     assert script.choose_batch_size(options, config, 274, device) == script.CPU_BATCH_SIZE
-    asked = script.Options(None, None, batch_size=7)
+    asked = make_options(batch_size=7)
     cuda = torch.device("cuda", 0)
     assert script.choose_batch_size(asked, config, 274, cuda) == 7
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (55 * 2**30, 80 * 2**30))
-    auto = script.choose_batch_size(script.Options(None, None), config, 274, cuda)
+    auto = script.choose_batch_size(make_options(), config, 274, cuda)
     assert auto == script.fit_batch_size(55 * 2**30, config, 2, 274 + 64 + 200)
 
 
@@ -127,7 +127,7 @@ def place(monkeypatch, large, free, num_cards=1, **options):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_cards)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     device = torch.device("cuda", 0)
-    return script.place_weights(script.Options(None, None, **options), large.config, device)
+    return script.place_weights(make_options(**options), large.config, device)
 
 
 def test_the_embedding_stays_behind_on_a_card_of_24_gb(monkeypatch, large, caplog):
@@ -153,7 +153,7 @@ def test_an_embedding_in_host_memory_is_looked_up_there(prompter, model):
     device_map = {"": "cpu", script.EMBEDDING: "cpu", "lm_head": "cpu"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "place_weights", lambda *_: device_map)
-        options = script.Options(None, None, model=str(MODEL), dtype="float32", device="cpu")
+        options = make_options(model=str(MODEL), dtype="float32", device="cpu")
         loaded = script.load_model(options, model.config, torch.device("cpu"))
     embedding = loaded.get_submodule(script.EMBEDDING)
     assert not hasattr(embedding, "_hf_hook")
@@ -246,8 +246,8 @@ def write_hub_layout(directory, **text_config):
 
 
 def load(directory):
-    config, processor = script.load_processor(script.Options(None, None, model=str(directory)))
-    options = script.Options(None, None, model=str(directory), dtype="float32", device="cpu")
+    config, processor = script.load_processor(make_options(model=str(directory)))
+    options = make_options(model=str(directory), dtype="float32", device="cpu")
     loaded = script.load_model(options, config, torch.device("cpu"))
     return loaded, script.Prompter(processor, config), processor
 

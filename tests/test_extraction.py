@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import IMAGES, MODEL, read_csv, read_samples
+from conftest import CSV, IMAGES, MODEL, make_options, read_csv, read_samples
 from transformers import AutoModelForImageTextToText
 from transformers.models.gemma3 import modeling_gemma3
 
@@ -83,8 +83,8 @@ def make_extractor(model, prompter, batch_size=16, max_new_tokens=MAX_NEW_TOKENS
 
 def ask_all(prompter, rows=None, dtype="float32"):
     """The images with their questions, as the run makes them."""
-    options = script.Options(None, IMAGES, dtype=dtype, device="cpu", num_workers=2)
-    plan = script.Plan(0, {}, {}, {}, set())
+    options = make_options(CSV, IMAGES, dtype=dtype, device="cpu", num_workers=2)
+    plan = script.Plan(0, {}, {}, set())
     source = script.ImageSource(options, prompter, plan, fail=pytest.fail)
     return source.images(script.plan_parts(rows or make_rows(), 10**9)[1])
 
@@ -105,8 +105,9 @@ def worst_error(found, references):
     errors = []
     for question_id, sample in found.items():
         expected = references[question_id]["vectors"]
-        vectors = sample.states.split([len(vector) for vector in expected.values()])
-        errors += map(script.relative_error, vectors, expected.values())
+        assert sample.states.keys() == expected.keys()
+        for name, vector in sample.states.items():
+            errors.append(script.relative_error(vector, expected[name]))
     return max(errors)
 
 
@@ -586,7 +587,8 @@ def test_rows_far_apart_are_copied_and_give_the_same(model, prompter, monkeypatc
     assert kinds[torch.Tensor] > 0
     assert kinds[slice] > 0
     for question_id, sample in alone.items():
-        assert script.relative_error(found[question_id].states, sample.states) < 1e-4
+        for name, vector in sample.states.items():
+            assert script.relative_error(found[question_id].states[name], vector) < 1e-4
         assert found[question_id].answer == sample.answer
         assert found[question_id].logprobs == pytest.approx(sample.logprobs, abs=1e-4)
 
@@ -606,7 +608,8 @@ def test_threads_change_nothing(model, prompter, monkeypatch):
     first, second = runs
     assert list(first) == list(second)
     for question_id, sample in first.items():
-        assert torch.equal(sample.states, second[question_id].states)
+        for name, vector in sample.states.items():
+            assert torch.equal(vector, second[question_id].states[name])
         assert sample.logprobs == second[question_id].logprobs
 
 

@@ -314,20 +314,21 @@ def test_a_broken_device_stops_the_run_with_what_was_done_saved(
 
 
 @pytest.mark.parametrize(
-    ("name", "error"),
+    ("owner", "name", "error"),
     [  # h5py tells a failed write in many ways
-        ("add", OSError(errno.EIO, "Input/output error")),
-        ("add", ValueError("Unable to create group (unable to insert)")),
-        ("_open", KeyError("Unable to open object")),
-        ("finish", RuntimeError("Unable to flush")),
+        (script.PartWriter, "add", OSError(errno.EIO, "Input/output error")),
+        (script.h5py.Group, "create_group", ValueError("Unable to create group (insert)")),
+        (script.h5py.h5d, "create", KeyError("Unable to open object")),
+        (script.CarefulFile, "sync", RuntimeError("Unable to flush")),
+        (script, "put_in_place", OSError(errno.ESTALE, "Stale file handle")),
     ],
     ids=lambda word: word if isinstance(word, str) else type(word).__name__,
 )
 def test_a_write_that_fails_stops_the_run_instead_of_hanging(
-    run_rows, monkeypatch, tmp_path, name, error
+    run_rows, monkeypatch, tmp_path, owner, name, error
 ):
     """Whatever ends the thread that writes must reach the one that computes."""
-    break_down(monkeypatch, script.PartWriter, name, error, call=2)
+    break_down(monkeypatch, owner, name, error, call=2)
     status, stderr = run_rows("--max-new-tokens", 1)
     assert status == 1
     assert "Traceback" not in stderr

@@ -89,7 +89,7 @@ def test_ids_come_back_from_their_names(tmp_path):
     assert names.keys() == set(ids)
     for question_id, name in names.items():
         assert urllib.parse.unquote(name) == question_id
-    assert sorted(script.read_part(path, SETTINGS)) == sorted(ids)
+    assert sorted(script.read_part(path, SETTINGS)[0]) == sorted(ids)
 
 
 @pytest.mark.parametrize("compression", ["none", "gzip", "lzf"])
@@ -130,7 +130,7 @@ def test_crc32_is_that_of_the_vectors_as_they_are_read_back(tmp_path, storage_dt
 
 def test_a_part_takes_over_what_was_there(part):
     write_part(part, [make_row(2)])
-    assert script.read_part(part, SETTINGS) == ["0", "1", "2"]
+    assert script.read_part(part, SETTINGS)[0] == ["0", "1", "2"]
     with h5py.File(part) as file:
         assert file.attrs["num_samples"] == 3
         for index in range(3):
@@ -150,18 +150,18 @@ def test_nothing_is_there_before_it_is_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_is_discarded_leaves_the_old_part(part):
+def test_what_is_given_up_leaves_the_old_part(part):
     before = part.read_bytes()
     writer = script.PartWriter(part, SETTINGS, "none")
     writer.add(make_row(2), "", make_vectors(), {})
-    writer.discard()
+    writer.close()
     assert part.read_bytes() == before
     assert list(part.parent.iterdir()) == [part]
 
 
 def test_a_part_whose_rows_all_failed_is_written_empty(tmp_path):
     path = write_part(tmp_path / "a.h5", [])
-    assert script.read_part(path, SETTINGS) == []
+    assert script.read_part(path, SETTINGS)[0] == []
     with h5py.File(path) as file:
         assert (len(file), file.attrs["num_samples"]) == (0, 0)
 
@@ -290,7 +290,7 @@ def test_no_vector_and_no_text_is_read_to_go_on(tmp_path, monkeypatch):
         return read
 
     monkeypatch.setattr(script.os, "preadv", counted)
-    assert len(script.read_part(path, SETTINGS)) == 20
+    assert len(script.read_part(path, SETTINGS)[0]) == 20
     assert 0 < num_bytes < path.stat().st_size / 400
 
 

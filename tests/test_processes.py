@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import assert_same_samples, read_failed, read_samples, run_script
+from conftest import assert_same_samples, make_options, read_failed, read_samples, run_script
 from fault_test import SETTINGS, Program, check_parts, make_rows, wait_for, warm_process, words_of
 
 import run_gemma3_extraction as script
@@ -243,7 +243,7 @@ def test_under_a_launcher_what_comes_free_is_taken(alone, crew):
 def work(output_dir, dtype, delay, connection):
     """All of a run but the model: what came of it goes to `connection`."""
     rows = [script.Row(i, f"q{i}", f"{i // 4}.png", "what?", "it") for i in range(4 * NUM_PARTS)]
-    options = script.Options(Path(), Path(), Path(output_dir), checkpoint_interval=4)
+    options = make_options(output_dir=Path(output_dir), checkpoint_interval=4)
     settings = SETTINGS | {"dtype": dtype}
     lock = script.OutputLock(options.output_dir)
     time.sleep(delay)
@@ -435,7 +435,7 @@ def test_without_locks_one_process_does_all(run_here, monkeypatch, tmp_path):
 
 
 def test_overwrite_needs_the_directory_for_itself(run_here, monkeypatch, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(script, "NUM_RANKS", 2)
     status, stderr = run_here("--overwrite")
     assert status == 1
     assert "--overwrite" in stderr

@@ -479,7 +479,7 @@ def test_overwrite_is_refused_while_others_are_at_work(run_here, done, finished)
 
 
 def test_overwrite_is_refused_for_several_processes(run_here, done, no_model, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(script, "NUM_RANKS", 2)
     before = (done / PART).read_bytes()
     assert_refused(run_here("--overwrite", rows=GOOD), "--overwrite", "one process")
     assert (done / PART).read_bytes() == before

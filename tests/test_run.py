@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import math
+import random
 import re
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from conftest import (
     MODEL,
     assert_same_samples,
     flags,
+    make_options,
     no_hang,
     read_csv,
     read_failed,
@@ -126,9 +128,7 @@ def test_root_attributes(plain_run):
 
 
 def test_every_answer_has_its_probabilities(plain_samples):
-    vocabulary = script.load_processor(script.Options(Path(), Path(), model=str(MODEL)))[
-        1
-    ].tokenizer
+    vocabulary = script.load_processor(make_options(model=str(MODEL)))[1].tokenizer
     truncated = set()
     for sample in plain_samples.values():
         num_generated = sample["num_answer_tokens"] + (not sample["answer_truncated"])
@@ -219,8 +219,8 @@ def test_without_answers_there_are_no_probabilities(run_here, tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ((), "batch size 32: "),
-        (("--batch-size", "auto"), "batch size 32: "),
+        ((), f"batch size {script.CPU_BATCH_SIZE}: "),
+        (("--batch-size", "auto"), f"batch size {script.CPU_BATCH_SIZE}: "),
         (("--batch-size", 3), ""),
     ],
 )
@@ -232,24 +232,37 @@ def test_the_log_says_what_batch_size_was_chosen_and_why(run_here, words, told):
     )
 
 
-def test_200_rows_of_easy_vqa_come_back(run_here, tmp_path):
+def test_300_rows_of_easy_vqa_come_back_as_one_at_a_time(run_here, tmp_path, monkeypatch):
+    """Answers of mixed lengths, most short, one in twelve at the limit."""
+    draw = random.Random(0)
+    lengths = [24 if draw.random() < 1 / 12 else draw.randint(1, 6) for _ in range(300)]
+    monkeypatch.setattr(
+        script.Extractor,
+        "has_ended",
+        lambda self, live: len(live.answer) == lengths[live.prompt.row.index],
+    )
     questions, answers, image_ids = easy_vqa.get_train_questions()
     paths = easy_vqa.get_train_image_paths()
     rows = [
-        (f"{i:05d}", Path(paths[image_ids[i]]).name, questions[i], answers[i]) for i in range(200)
+        (f"{i:05d}", Path(paths[image_ids[i]]).name, questions[i], answers[i]) for i in range(300)
     ]
     header = ("question_id", "image_name", "question", "gt_answer")
     csv_path = write_csv(tmp_path / "easy.csv", rows, header)
     images_dir = Path(paths[0]).parent
-    words = ("--checkpoint-interval", 50, "--max-new-tokens", 2)
+    words = ("--checkpoint-interval", 50, "--max-new-tokens", 24)
     status, stderr = run_here(*words, csv_path=csv_path, images_dir=images_dir)
-    assert (status, last_line(stderr)) == (0, (200, 200, 0, 0))
+    assert (status, last_line(stderr)) == (0, (300, 300, 0, 0))
     samples = read_samples(tmp_path / "out")
-    assert list(samples) == [f"{i:05d}" for i in range(200)]  # sorted by image, as it stands
+    assert list(samples) == [f"{i:05d}" for i in range(300)]  # sorted by image, as it stands
     for i, sample in enumerate(samples.values()):
         assert sample["part"] == script.PART_NAME.format(i // 50 + 1)
         assert (sample["question"], sample["ground_truth_answer"]) == (questions[i], answers[i])
         assert sample["row"] == i
+        assert len(sample["answer_logprobs"]) == lengths[i]
+    shutil.move(tmp_path / "out", tmp_path / "many")
+    words += ("--batch-size", 1)
+    assert run_here(*words, csv_path=csv_path, images_dir=images_dir)[0] == 0
+    assert_same_samples(read_samples(tmp_path / "out"), samples)
 
 
 def test_the_model_ships_as_its_script_makes_it(tmp_path):
