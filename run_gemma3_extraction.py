@@ -1849,7 +1849,8 @@ class PartWriter:
             with contextlib.suppress(OSError, Damage), self._file.truthful():
                 self.part.close()
             self._file.close()
-        self._partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._partial.unlink(missing_ok=True)
 
 
 def read_part(
@@ -2185,12 +2186,12 @@ def check_disk(output_dir: Path, needed: int, frees_parts: bool) -> None:
 
 
 def count_elsewhere(plan: Plan, lock: OutputLock) -> int:
-    """Missing rows of the parts that other processes hold."""
+    """Missing rows of the parts that other processes hold; without locks, that are not in place."""
     count = 0
     for number, rows in plan.missing.items():
         if lock.claim(number):
             lock.release(number)
-        elif lock.has_locks:
+        elif lock.has_locks or not part_path(lock.output_dir, number).exists():
             count += len(rows)
     return count
 
@@ -2489,32 +2490,37 @@ def read_options(words: list[str]) -> Options:
     columns = "question_id, image_id|image_name, question, answer|gt_answer"
     add("--vqa-dataset", type=Path, required=True, metavar="CSV", help=f"table with {columns}")
     add("--images-dir", type=Path, required=True, metavar="DIR", help="where image_id names a file")
-    add("--output-dir", type=Path, default="output", metavar="DIR", help="where the parts go")
+    add("--output-dir", type=Path, default="output", metavar="DIR", help="for parts (%(default)s)")
     add("--overwrite", action="store_true", help="start afresh: delete what this program wrote")
     add("--test", action="store_true", help="first 3 rows, then checks, and time and disk for all")
     add("--strict", action="store_true", help="stop at the first row that fails")
 
     add = parser.add_argument_group("the model").add_argument
-    add("--model", default="google/gemma-3-12b-it", help="name on the hub, or local directory")
-    add("--revision", default="main", help="branch, tag or commit on the hub")
-    add("--cache-dir", type=Path, default="model_cache", metavar="DIR", help="for downloads")
-    add("--device", default="cuda", help="cuda, cpu or any torch device")
+    model = "name on the Hugging Face hub, or local directory (%(default)s)"
+    add("--model", default="google/gemma-3-12b-it", help=model)
+    add("--revision", default="main", help="branch, tag or commit on the hub (%(default)s)")
+    cache = "for downloads (%(default)s)"
+    add("--cache-dir", type=Path, default="model_cache", metavar="DIR", help=cache)
+    add("--device", default="cuda", help="cuda, cpu or any torch device (%(default)s)")
     add("--device-map", choices=["auto"], help="spread one model over GPUs and CPU")
-    add("--dtype", type=dtype_name, choices=dtypes, default="bfloat16", help="of the model")
+    dtype = "of the model (%(default)s)"
+    add("--dtype", type=dtype_name, choices=dtypes, default="bfloat16", help=dtype)
 
     add = parser.add_argument_group("what is extracted").add_argument
-    layers = "negative: from the end; None: first, quarters and last"
+    layers = "negative: from the end (default: first, quarters and last)"
     add("--layers", type=layer_list, metavar="I,J|all", help=layers)
-    tokens = "limit of an answer; 0: none"
+    tokens = "limit of an answer; 0: none (%(default)s)"
     add("--max-new-tokens", type=at_least(0), default=200, metavar="N", help=tokens)
 
     add = parser.add_argument_group("how it is run and stored").add_argument
-    batch_size = "questions answered side by side; auto: what suits the device"
+    batch_size = "questions answered side by side; auto: what suits the device (%(default)s)"
     add("--batch-size", type=size_or_auto, default="auto", metavar="N|auto", help=batch_size)
-    add("--num-workers", type=count, default=cores, metavar="N", help="threads that prepare images")
-    add("--checkpoint-interval", type=count, default=1000, metavar="N", help="samples a part file")
-    add("--storage-dtype", choices=dtypes, default="float32", help="of the vectors")
-    add("--compression", choices=packings, default="none", help="of the vectors")
+    workers = "threads that prepare images (%(default)s here)"
+    add("--num-workers", type=count, default=cores, metavar="N", help=workers)
+    interval = "samples per part file (%(default)s)"
+    add("--checkpoint-interval", type=count, default=1000, metavar="N", help=interval)
+    add("--storage-dtype", choices=dtypes, default="float32", help="of the vectors (%(default)s)")
+    add("--compression", choices=packings, default="none", help="of the vectors (%(default)s)")
     return parser.parse_args(words)
 
 
