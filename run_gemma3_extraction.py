@@ -146,7 +146,7 @@ IDENTITY = (
 H5PY_ERRORS = (OSError, RuntimeError, LookupError, AttributeError, TypeError, ValueError)
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 IS_LAUNCHED = "RANK" in os.environ  # by torchrun, accelerate launch …
-RANK, NUM_RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+RANK, NUM_RANKS = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 MAX_FAILED_IMAGES = 25  # different images in a row: then something is wrong with all of them
 SAMPLED_BYTES = 2**16  # at a time, of a model's weights
 SAMPLE_OVERHEAD, VECTOR_OVERHEAD = 6000, 350  # bytes of a file beside the vectors themselves
@@ -701,24 +701,24 @@ class ImageSource:
     def ask(self, rows: list[Row]) -> tuple[Asked | None, list[Failure]]:
         """The rows about one image as the model reads them, and those that it cannot."""
         prompts, failures = [], []
-        for row in rows:
-            try:
-                prompts.append(Prompt(row, self.prompter.tokenize(row.question)))
-            except RowError as error:
-                failures.append(Failure(row, str(error)))
-        if not prompts:
-            return None, failures
         try:
+            for row in rows:
+                try:
+                    prompts.append(Prompt(row, self.prompter.tokenize(row.question)))
+                except RowError as error:
+                    failures.append(Failure(row, str(error)))
+            if not prompts:
+                return None, failures
             image, sha256 = open_image(self.options.images_dir, rows[0].image_id)
             pixel_values = self.prompter.pixels(image).to(getattr(torch, self.options.dtype))
             if self.options.device.startswith("cuda"):
                 pixel_values = pixel_values.pin_memory()  # for an asynchronous copy
+            num_shared = count_shared([prompt.input_ids for prompt in prompts])
+            return Asked(pixel_values, sha256, num_shared, prompts), failures
         except RowError as error:
             return None, failures + [Failure(prompt.row, str(error)) for prompt in prompts]
         except RuntimeError as error:  # of this machine's memory, say, not of the model's device
             raise ExtractionError(f"preparing image {rows[0].image_id!r}: {error}") from error
-        num_shared = count_shared([prompt.input_ids for prompt in prompts])
-        return Asked(pixel_values, sha256, num_shared, prompts), failures
 
     def _check(self, asked: Asked | None, failures: list[Failure]) -> Iterator[Asked]:
         for failure in failures:
@@ -741,7 +741,7 @@ class ImageSource:
                     found = {q: part[group_name(q)].attrs["image_sha256"] for q in question_ids}
             except Damage as damage:
                 set_aside(path, damage)
-                raise
+                raise ExtractionError(f"{path} is damaged | the same command goes on") from damage
             if others := [q for q in question_ids if found[q] != image_sha256]:
                 raise ExtractionError(
                     f"image {image_id!r} has changed: question_id {others[0]!r} is stored about "
@@ -1515,8 +1515,8 @@ class Recorder:
     """Writes outcomes into their parts, on a thread of its own beside the model.
 
     Answers end in another order than the plan's, so several parts are open at once; each is
-    finished with the last of its rows. What went wrong on the thread (OSError, Damage) comes out
-    of the next call, and no part that is open then is put in place.
+    finished with the last of its rows. What went wrong on the thread comes out of the next call as
+    ExtractionError, and no part that is open then is put in place.
     """
 
     options: Options
@@ -1562,7 +1562,7 @@ class Recorder:
             return
         row = outcome.row if isinstance(outcome, Failure) else outcome.prompt.row
         part = self._open[row]
-        with self._closed_on_error(part):
+        with self._given_up_on_error(part):
             if isinstance(outcome, Failure):
                 part.failures.append(outcome)
             else:
@@ -1592,7 +1592,7 @@ class Recorder:
     def _finish_part(self, part: OpenPart) -> None:
         """Put a part in place, with the failures of its rows, and let go of it."""
         output_dir = self.options.output_dir
-        with self._closed_on_error(part):
+        with self._given_up_on_error(part):
             if self._has_failed:
                 return part.writer.close()
             part.writer.finish()
@@ -1605,13 +1605,19 @@ class Recorder:
             self.lock.release(part.number, is_done)
 
     @contextlib.contextmanager
-    def _closed_on_error(self, part: OpenPart) -> Iterator[None]:
+    def _given_up_on_error(self, part: OpenPart) -> Iterator[None]:
         try:
             yield
-        except BaseException:
+        except (Damage, *H5PY_ERRORS) as error:
             self._has_failed = True
             part.writer.close()
-            raise
+            advice = "the parts in hand are not saved, those in place are whole; run it again"
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                advice += ", once there is room"
+            raise ExtractionError(
+                f"writing part {part.number} to {self.options.output_dir}: "
+                f"{getattr(error, 'strerror', None) or error} | {advice}"
+            ) from error
 
 
 # ───────────────────────────── parts: right, or not there ──────────────────────────────────────
@@ -1854,14 +1860,17 @@ class PartWriter:
 
 
 def read_part(
-    path: Path, settings: dict, by_id: dict[str, Row] | None = None
+    path: Path,
+    settings: dict,
+    by_id: dict[str, Row] | None = None,
+    stored: dict[str, Path] | None = None,
 ) -> tuple[list[str], list[Row]]:
     """The question_ids of a finished part, and the rows whose place or ground truth is another now.
 
     Only its attributes and names are read; the texts of samples where it was written from another
     CSV, and there are rows `by_id` to compare them with.
-    Raises Damage: it does not open, or the two do not agree; ExtractionError: other settings, or
-    another question or image under a question_id.
+    Raises Damage: it does not open, the two do not agree, or a question_id is `stored` elsewhere;
+    ExtractionError: other settings, or another question or image under a question_id.
     """
     with open_part(path) as part:
         attributes = {
@@ -1886,8 +1895,11 @@ def read_part(
             )
         if attributes["num_samples"] != len(part):
             raise Damage(f"{len(part)} samples; expected {attributes['num_samples']}")
+        question_ids = read_ids(part)
+        if again := [one for one in question_ids if one in (stored or {})]:
+            raise Damage(f"question_id {again[0]!r} stands in {stored[again[0]].name} already")
         is_compared = by_id and attributes["dataset_sha256"] != settings["dataset_sha256"]
-        return read_ids(part), find_changes(path, part, by_id) if is_compared else []
+        return question_ids, find_changes(path, part, by_id) if is_compared else []
 
 
 def find_changes(path: Path, part: h5py.File, by_id: dict[str, Row]) -> list[Row]:
@@ -1919,16 +1931,14 @@ def scan_parts(output_dir: Path, settings: dict, rows: Iterable[Row] = ()) -> di
     on, is brought up to date there. A part is set aside where it is damaged, or repeats what
     stands in an earlier one.
 
-    Raises ExtractionError: a part is of another kind of run, and none is touched; OSError.
+    Raises ExtractionError: a part is of another kind of run, and none is rewritten; OSError.
     """
     by_id = {row.question_id: row for row in rows}
     stored: dict[str, Path] = {}
     changed: dict[Path, list[Row]] = {}
     for path in find_parts(output_dir):
         try:
-            question_ids, moved = read_part(path, settings, by_id)
-            if again := next((one for one in question_ids if one in stored), None):
-                raise Damage(f"question_id {again!r} stands in {stored[again].name} already")
+            question_ids, moved = read_part(path, settings, by_id, stored)
             stored.update(dict.fromkeys(question_ids, path))
             if moved:
                 changed[path] = moved
@@ -1972,7 +1982,7 @@ def update_failures(
     lines = [line for line in before if is_open(line[0])]
     lines += [[f.row.question_id, f.row.image_id, f.error] for f in new]
     if lines:
-        with open(partial, "w", encoding="utf-8", newline="") as file:
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             csv.writer(file).writerows([("question_id", "image_id", "error"), *lines])
             file.flush()
             os.fsync(file.fileno())
@@ -2553,17 +2563,15 @@ def main(argv: list[str] | None = None) -> int:
         advice = "a smaller --batch-size, --device-map auto, or a larger card"
         told = f"the device's memory is too small: {error} | {advice}"
     except (OSError, Damage) as error:
-        told = f"{error} | parts in hand are not saved, those in place are whole; run it again"
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            told += ", once there is room"
+        told = f"{error} | what is in place is whole; the same command goes on"
     log.error("%s", " ".join(told.split()))
     return 1
 
 
 if __name__ == "__main__":
-    as_it_was = {"encoding": sys.stderr.encoding, "errors": "backslashreplace"}
-    unfailing = Unfailing(sys.stderr.fileno(), "w", closefd=False)
-    sys.stderr = io.TextIOWrapper(unfailing, **as_it_was, write_through=True)
+    descriptor = 2 if sys.stderr else os.open(os.devnull, os.O_WRONLY)  # it may be closed
+    unfailing = Unfailing(descriptor, "w", closefd=False)
+    sys.stderr = io.TextIOWrapper(unfailing, errors="backslashreplace", write_through=True)
     exit_status = main()
     for signum in StopSignal.SIGNALS:
         signal.signal(signum, signal.SIG_IGN)  # nothing is left to stop

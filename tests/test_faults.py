@@ -261,15 +261,16 @@ def test_a_question_that_does_not_fit_alone_fails(run_rows, monkeypatch, plain, 
     assert_same_samples(read_samples(tmp_path / "out"), expected)
 
 
-def test_memory_that_runs_short_beside_the_model_stops_the_run(run_rows, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [("pixels", 2), ("tokenize", 6)],  # one call is the program's own, three are the first image's
+)
+def test_memory_that_runs_short_beside_the_model_stops_the_run(
+    run_rows, monkeypatch, tmp_path, name, call
+):
     """In a thread that prepares images no smaller batch helps."""
-    break_down(
-        monkeypatch,
-        script.Prompter,
-        "pixels",
-        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-        call=2,
-    )
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    break_down(monkeypatch, script.Prompter, name, error, call)
     status, stderr = run_rows("--num-workers", 1)
     assert status == 1
     assert "can't allocate memory" in stderr.splitlines()[-1]

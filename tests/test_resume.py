@@ -142,6 +142,16 @@ def test_parts_whose_rows_all_failed_are_written_empty(run_here, out):
     assert "pe .png does not exist" in stderr.splitlines()[-1]  # in one line
 
 
+def test_a_directory_whose_name_is_no_text_spoils_no_list(run_here, out, tmp_path):
+    images_dir = tmp_path / os.fsdecode(b"images\xff")
+    images_dir.mkdir()
+    shutil.copy(IMAGES / "circle.png", images_dir)
+    rows = [GOOD[0], ("bad", "nowhere.png", Q, "")]
+    status, stderr = run_here(rows=rows, images_dir=images_dir)
+    assert (status, "Traceback" in stderr) == (3, False)
+    assert read_failed(out).keys() == {"bad"}
+
+
 def test_a_list_of_failures_that_cannot_be_written_costs_no_part(run_here, out, monkeypatch):
     replace = os.replace
 
@@ -395,6 +405,17 @@ def test_a_part_copied_over_another_is_computed_again(run_here, out):
     assert f"{second} is damaged" in stderr
     assert f"stands in {PART} already" in stderr
     assert last_line(stderr) == "Extracted 2 of 4 samples (0 failed, 2 already done)"
+    assert_same_samples(read_samples(out), before)
+    # So it is if what it repeats has other texts, and comes from another CSV.
+    shutil.copy(first, second)
+    with h5py.File(second, "r+") as file:
+        name = next(iter(file))
+        del file[name]["question"]
+        file[name]["question"] = "as it was once"
+        file.attrs["dataset_sha256"] = "another"
+    status, stderr = run_here(*words, rows=rows)
+    assert status == 0
+    assert f"{second} is damaged" in stderr
     assert_same_samples(read_samples(out), before)
 
 

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -419,3 +420,11 @@ def test_output_that_finds_no_room_is_no_traceback(plain_run, tmp_path):
     assert "Traceback" not in no_report.stderr
     assert read_samples(tmp_path / "report").keys() == {SOME[0][0]}
     assert (no_messages.returncode, no_messages.stdout) == (0, "")
+
+
+def test_stderr_may_be_closed():
+    command = f"{sys.executable} {script.__file__} --help 2>&-"
+    assert (
+        "--vqa-dataset"
+        in subprocess.run(command, shell=True, check=True, capture_output=True, text=True).stdout
+    )
