@@ -420,7 +420,9 @@ def test_without_locks_each_takes_its_share_by_rank(alone, crew):
         status, stderr = crew.end(program)
         assert status in (0, 3), stderr
         assert stderr.count("has no locks: each process takes its share by its rank") == 1
-        assert last_line(stderr)[4] == 0  # it has waited for the other
+        assert last_line(stderr)[4] == 0
+        in_place = {path.name for path in crew.out.glob("*.h5")}  # it has waited for the other
+        assert in_place == {path.name for path in alone[1].glob("*.h5")}
     assert_same_samples(read_samples(crew.out), read_samples(alone[1]))
 
 
