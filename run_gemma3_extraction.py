@@ -18,7 +18,7 @@ One HDF5 file for every `--checkpoint-interval` samples, one group for every sam
 
 How a row travels, from the top of this file to its end:
 
-    read_rows → plan_parts → claim_rows → ImageSource → Extractor.run → Recorder → PartWriter
+    read_rows → plan_parts → claim_rows → asked_images → Extractor.run → Recorder → PartWriter
 
 An image and the questions about it flow together. The image takes a row of the pool of keys and
 values; its questions enter, are answered side by side, and leave as their answers end.
@@ -139,7 +139,7 @@ TOKEN_KINDS = ("vision_token_representation", "query_token_representation")
 LAYER_KINDS = (*TOKEN_KINDS, MEAN)
 # What every stored vector depends on: no run goes on in a directory where these were others.
 IDENTITY = (
-    *("model_revision", "dtype", "layers", "max_new_tokens", "prompt"),
+    *("schema_version", "model_revision", "dtype", "layers", "max_new_tokens", "prompt"),
     *("checkpoint_interval", "storage_dtype"),
 )
 # What h5py raises for a file that holds something else than it should.
@@ -281,12 +281,12 @@ def read_row(index: int, line: dict, columns: dict[str, str]) -> Row:
     if None in line or None in line.values():  # how csv tells long lines from short ones
         than = "more" if None in line else "fewer"
         raise ValueError(f"{than} fields than the header; check its commas")
-    row = Row(index, **{name: line[column] for name, column in columns.items()})
-    if any("\0" in line[column] for column in columns.values()):
+    texts = {name: line[column] for name, column in columns.items()}
+    if any("\0" in text for text in texts.values()):
         raise ValueError("holds a NUL byte; remove it")
-    if not row.question_id.strip():
+    if not texts["question_id"].strip():
         raise ValueError("the question_id is empty")
-    return row
+    return Row(index, **texts)
 
 
 def hash_rows(rows: list[Row]) -> str:
@@ -305,12 +305,14 @@ def plan_parts(rows: list[Row], interval: int) -> dict[int, list[Row]]:
     return {k: ordered[start : start + interval] for k, start in enumerate(starts, start=1)}
 
 
-def image_path(images_dir: Path, image_id: str) -> Path:
-    """Where an image is. Raises RowError if the image_id is empty or leads out of `images_dir`."""
+def find_image(images_dir: Path, image_id: str) -> Path:
+    """Its path. Raises RowError: it is no file, or not inside `images_dir`."""
     root = os.path.abspath(images_dir)
     path = os.path.normpath(os.path.join(root, image_id))
     if not image_id.strip() or not path.startswith(os.path.join(root, "")):
         raise RowError(f"image_id {image_id!r} does not name a file inside {images_dir}")
+    if not os.path.isfile(path):  # but a pipe, say
+        raise RowError(f"{path} does not exist, or is no file")
     return Path(path)
 
 
@@ -319,10 +321,8 @@ def open_image(images_dir: Path, image_id: str) -> tuple[Image.Image, str]:
 
     Raises RowError: it is missing, unreadable or too large.
     """
-    path, limit = image_path(images_dir, image_id), Image.MAX_IMAGE_PIXELS
+    path, limit = find_image(images_dir, image_id), Image.MAX_IMAGE_PIXELS
     try:
-        if not path.is_file():  # a pipe, say
-            raise FileNotFoundError
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
             if image.width * image.height > limit:
@@ -331,28 +331,25 @@ def open_image(images_dir: Path, image_id: str) -> tuple[Image.Image, str]:
                 raise ValueError(f"its mode is {image.mode}; convert it to 8 bits a channel")
             upright = ImageOps.exif_transpose(image).convert("RGB")
         return upright, hashlib.sha256(content).hexdigest()
-    except FileNotFoundError as error:
-        raise RowError(f"{path} does not exist, or is no file") from error
     except Exception as error:  # Pillow's decoders let anything through: struct.error, TypeError …
         raise RowError(f"{path} cannot be read as an image: {error}") from error
 
 
 def check_images(rows: list[Row], images_dir: Path) -> None:
     """Say how many images are missing. Raises ExtractionError if all of them are."""
-    missing = {row.image_id: None for row in rows}
-    num_images = len(missing)
-    for image_id in list(missing):
-        with contextlib.suppress(RowError, OSError):
-            if image_path(images_dir, image_id).is_file():
-                del missing[image_id]
-    first = next(iter(missing), None)
-    if len(missing) == num_images:
+    image_ids, missing = dict.fromkeys(row.image_id for row in rows), []
+    for image_id in image_ids:
+        try:
+            find_image(images_dir, image_id)
+        except RowError:
+            missing.append(image_id)
+    if len(missing) == len(image_ids):
         raise ExtractionError(
-            f"--images-dir {images_dir}: none of the {num_images} images is there, not even "
-            f"{first!r} | image_id must be the file's name, extension included"
+            f"--images-dir {images_dir}: none of the {len(missing)} images is there, not even "
+            f"{missing[0]!r} | image_id must be the file's name, extension included"
         )
     if missing:
-        log.warning("%d of %d images are missing: %r ...", len(missing), num_images, first)
+        log.warning("%d of %d images are missing: %r ...", len(missing), len(image_ids), missing[0])
 
 
 # ────────────────────────────────────── loading the model ──────────────────────────────────────
@@ -367,10 +364,11 @@ def explain_load_errors(model: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        advice = "the directory must hold the whole model, its weights as *.safetensors"
-        if model.startswith(("/", ".")) and not Path(model).is_dir():
+        if Path(model).is_dir():
+            advice = "the directory must hold the whole model, its weights as *.safetensors"
+        elif model.startswith(("/", ".")):
             reason, advice = "there is no such directory", "check --model DIR"
-        elif not Path(model).is_dir():
+        else:
             advice = (
                 f"if it is gated, accept its licence at https://huggingface.co/{model} and run "
                 "`hf auth login`; a model that is here already: --model DIR"
@@ -439,15 +437,16 @@ def place_weights(options: Options, config, device: torch.device) -> dict | str:
     embedding = model.get_submodule(EMBEDDING).weight.numel() * gib
     free = torch.cuda.mem_get_info(device)[0] / 2**30
     told = f"the card has {free:.1f} GiB free, the weights take {weights:.1f}"
-    if free < weights and not options.device_map:
+    if free >= weights:
+        return everything
+    if not options.device_map:
         raise ExtractionError(
             f"--device {device}: {told}, and every question some beside them: at least "
             f"{weights - free:.1f} GiB are missing | take a larger card (40 GB for the 12B), or "
             "--device-map auto, for a card of 24 GB with --max-new-tokens 0"
         )
     is_alone = torch.cuda.device_count() == 1 or "LOCAL_RANK" in os.environ
-    fits_without = weights - embedding <= free < weights
-    if options.max_new_tokens or not is_alone or not fits_without:
+    if options.max_new_tokens or not is_alone or free < weights - embedding:
         return everything
     log.info("%s: the embedding, %.1f, stays in host memory", told, embedding)
     return {"": device, EMBEDDING: "cpu", "lm_head": "cpu"}
@@ -607,13 +606,13 @@ class Prompter:
 
 
 # ───────────────────────────── images, and the questions about them ────────────────────────────
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What there is to do, and what there was."""
 
     num_rows: int
     missing: dict[int, list[Row]]  # of every part that this process has not claimed
-    stored_about: dict[str, dict[Path, list[str]]]  # question_ids by image_id and part
+    stored_about: dict[str, tuple[Path, str]]  # where a sample about each image_id stands
     known_failures: set[str]  # question_ids that failed before
 
 
@@ -627,18 +626,18 @@ def claim_rows(
     for number in list(plan.missing):
         if not lock.claim(number):
             continue
-        path, stored = part_path(lock.output_dir, number), set()
+        rows, path = plan.missing.pop(number), part_path(lock.output_dir, number)
         with contextlib.suppress(FileNotFoundError), open_part(path) as part:
-            stored.update(read_ids(part))  # by others, meanwhile
-        rows = [row for row in plan.missing.pop(number) if row.question_id not in stored]
+            names = set(part)  # more than before, if others were here meanwhile
+            rows = [row for row in rows if group_name(row.question_id) not in names]
         with lock.record() as record:
             is_done = number in record["done"]
         if is_done or not rows:
             lock.release(number)
-            continue
-        path.with_suffix(".partial").unlink(missing_ok=True)  # what a dead process has left of it
-        expect(number, rows)
-        yield from rows
+        else:
+            path.with_suffix(".partial").unlink(missing_ok=True)  # what a dead process has left
+            expect(number, rows)
+            yield from rows
 
 
 class FailureStreak:
@@ -665,89 +664,90 @@ class FailureStreak:
             )
 
 
-@dataclass(eq=False)
-class ImageSource:
-    """Images with their questions, in order, prepared by threads beside the model.
-
-    A row that cannot be asked goes to `fail`. An error ends the images and is kept in `error`, so
-    that what the model has in hand is answered before anybody raises it.
-    """
-
-    options: Options
-    prompter: Prompter
-    plan: Plan
-    fail: Callable[[Failure], None]
-    error: Exception | None = None
-
-    def __post_init__(self) -> None:
-        self._streak = FailureStreak(self.plan.known_failures)
-
-    def images(self, rows: Iterable[Row]) -> Iterator[Asked]:
-        """The images of consecutive rows; few are in memory at a time, whatever the batch."""
-        by_image = itertools.groupby(rows, key=lambda row: row.image_id)
-        num_ahead = 2 * self.options.num_workers + 1
-        with ThreadPoolExecutor(self.options.num_workers) as pool:
-            coming = (pool.submit(self.ask, list(about_image)) for _, about_image in by_image)
-            try:
-                pending = deque(itertools.islice(coming, num_ahead))
-                while pending:
-                    yield from self._check(*pending.popleft().result())
-                    pending.extend(itertools.islice(coming, 1))
-            except (ExtractionError, Damage) as error:
-                self.error = error
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-    def ask(self, rows: list[Row]) -> tuple[Asked | None, list[Failure]]:
-        """The rows about one image as the model reads them, and those that it cannot."""
-        prompts, failures = [], []
+def ask(
+    options: Options, prompter: Prompter, rows: list[Row]
+) -> tuple[Asked | None, list[Failure]]:
+    """The rows about one image as the model reads them, and those that it cannot."""
+    prompts, failures = [], []
+    for row in rows:
         try:
-            for row in rows:
-                try:
-                    prompts.append(Prompt(row, self.prompter.tokenize(row.question)))
-                except RowError as error:
-                    failures.append(Failure(row, str(error)))
-            if not prompts:
-                return None, failures
-            image, sha256 = open_image(self.options.images_dir, rows[0].image_id)
-            pixel_values = self.prompter.pixels(image).to(getattr(torch, self.options.dtype))
-            if self.options.device.startswith("cuda"):
-                pixel_values = pixel_values.pin_memory()  # for an asynchronous copy
-            num_shared = count_shared([prompt.input_ids for prompt in prompts])
-            return Asked(pixel_values, sha256, num_shared, prompts), failures
+            prompts.append(Prompt(row, prompter.tokenize(row.question)))
         except RowError as error:
-            return None, failures + [Failure(prompt.row, str(error)) for prompt in prompts]
-        except RuntimeError as error:  # of this machine's memory, say, not of the model's device
-            raise ExtractionError(f"preparing image {rows[0].image_id!r}: {error}") from error
+            failures.append(Failure(row, str(error)))
+    if not prompts:
+        return None, failures
+    try:
+        image, sha256 = open_image(options.images_dir, rows[0].image_id)
+    except RowError as error:
+        return None, failures + [Failure(prompt.row, str(error)) for prompt in prompts]
+    pixel_values = prompter.pixels(image).to(getattr(torch, options.dtype))
+    if options.device.startswith("cuda"):
+        pixel_values = pixel_values.pin_memory()  # for an asynchronous copy
+    num_shared = count_shared([prompt.input_ids for prompt in prompts])
+    return Asked(pixel_values, sha256, num_shared, prompts), failures
 
-    def _check(self, asked: Asked | None, failures: list[Failure]) -> Iterator[Asked]:
+
+def ask_ahead(options: Options, prompter: Prompter, rows: Iterable[Row]) -> Iterator[tuple]:
+    """`ask` about the images of consecutive rows, in order, by threads beside the model.
+
+    Few images are in memory at a time, whatever the batch.
+    """
+    by_image = itertools.groupby(rows, key=lambda row: row.image_id)
+    with ThreadPoolExecutor(options.num_workers) as pool:
+        coming = (pool.submit(ask, options, prompter, list(rows)) for _, rows in by_image)
+        pending = deque(itertools.islice(coming, 2 * options.num_workers + 1))
+        try:
+            while pending:
+                yield pending.popleft().result()
+                pending.extend(itertools.islice(coming, 1))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def asked_images(
+    options: Options,
+    prompter: Prompter,
+    plan: Plan,
+    rows: Iterable[Row],
+    fail: Callable[[Failure], None],
+) -> Iterator[Asked]:
+    """Images with their questions; a row that cannot be asked goes to `fail`.
+
+    Raises ExtractionError: too many failures in a row, or an image that has changed.
+    """
+    streak = FailureStreak(plan.known_failures)
+    for asked, failures in ask_ahead(options, prompter, rows):
         for failure in failures:
-            self.fail(failure)
-            if self.options.strict:
+            fail(failure)
+            if options.strict:
                 where = f"question_id {failure.row.question_id!r}"
                 raise ExtractionError(f"--strict: {where} failed: {failure.error}")
             if not asked:
-                self._streak.extend(failure)
+                streak.extend(failure)
         if asked:
-            self._streak.end()
-            self._check_unchanged(asked.prompts[0].row.image_id, asked.image_sha256)
+            streak.end()
+            check_unchanged(plan, asked)
             yield asked
 
-    def _check_unchanged(self, image_id: str, image_sha256: str) -> None:
-        """Raise ExtractionError if samples are stored about another picture of that name."""
-        for path, question_ids in self.plan.stored_about.get(image_id, {}).items():
-            try:
-                with open_part(path) as part:
-                    found = {q: part[group_name(q)].attrs["image_sha256"] for q in question_ids}
-            except Damage as damage:
-                set_aside(path, damage)
-                raise ExtractionError(f"{path} is damaged | the same command goes on") from damage
-            if others := [q for q in question_ids if found[q] != image_sha256]:
-                raise ExtractionError(
-                    f"image {image_id!r} has changed: question_id {others[0]!r} is stored about "
-                    "another picture of that name | put that one back, give the new one another "
-                    "name, or --overwrite"
-                )
+
+def check_unchanged(plan: Plan, asked: Asked) -> None:
+    """Raise ExtractionError if samples are stored about another picture of that name."""
+    image_id = asked.prompts[0].row.image_id
+    if image_id not in plan.stored_about:
+        return
+    path, question_id = plan.stored_about[image_id]
+    try:
+        with open_part(path) as part:
+            stored_sha256 = part[group_name(question_id)].attrs["image_sha256"]
+    except Damage as damage:
+        set_aside(path, damage)
+        raise
+    if stored_sha256 != asked.image_sha256:
+        raise ExtractionError(
+            f"image {image_id!r} has changed: question_id {question_id!r} is stored about another "
+            "picture of that name | put that one back, give the new one another name, or "
+            "--overwrite"
+        )
 
 
 # ────────────────────────────────── the pool of keys and values ────────────────────────────────
@@ -800,11 +800,6 @@ class Bank:
         """Its image leaves."""
         del self.slots[row]
         self.rows.give(row)
-
-    def count_slots(self, rows: list[int]) -> int:
-        """Slots that these rows use at most, rounded up to what kernels like."""
-        num_slots = max(self.slots[row].count for row in rows)
-        return min(-(-num_slots // 8) * 8, self.places.shape[1])
 
     def grow(self) -> None:
         """Make room for all slots that were taken, a layer at a time: never twice the whole."""
@@ -880,7 +875,6 @@ class Step:
     def __init__(self) -> None:
         self.tokens: list[Token] = []
         self.banks: list[tuple[Bank, int]] = []  # and where its tokens start
-        self.is_cleaned = False  # keys and values that are not finite become 0
 
     def add(self, seat: Seat, owner: int, input_ids: list[int], first_pos: int, soft: range):
         """Add tokens that stand side by side in a prompt; returns their slots.
@@ -985,7 +979,8 @@ def lay_out(step: Step, config, dtype: torch.dtype, device: torch.device) -> lis
         bank.grow()
         places = put(columns[start:stop, 3:].int(), device)  # position, owner, is soft, image
         bank.places[row, slot] = places[:, :3]
-        num_slots = bank.count_slots(used.tolist())
+        num_slots = max(bank.slots[one].count for one in used.tolist())
+        num_slots = min(-(-num_slots // 8) * 8, bank.places.shape[1])  # as kernels like it
         window = config.sliding_window
         full, sliding = attention_masks(places[index], bank.places[rows, :num_slots], window)
         full = as_bias(full, group, dtype)
@@ -1032,9 +1027,18 @@ class Decoder:
     def run(self, step: Step, hidden: Tensor, observe: Callable[[int, Tensor], None]) -> Tensor:
         """From embeddings [n, D] to the output of the last layer, [n, D], before the final norm.
 
-        `observe` is shown every layer's index and output [n, D].
+        `observe` is shown every layer's index and output [n, D]; once more, should that of a token
+        not be finite: then keys and values are cleaned, so that it spoils nobody else's.
         """
         blocks = lay_out(step, self.config, self.dtype, self.devices[0])
+        found = self._run_layers(step, hidden, blocks, observe, are_cleaned=False)
+        if not all_finite(found):
+            found = self._run_layers(step, hidden, blocks, observe, are_cleaned=True)
+        return found
+
+    def _run_layers(
+        self, step: Step, hidden: Tensor, blocks: list[Block], observe: Callable, are_cleaned: bool
+    ) -> Tensor:
         pos = put(torch.tensor([[token.pos for token in step.tokens]]), self.devices[0])
         rotary = {
             kind: signed_rotary(*self._decoder.rotary_emb(hidden[None], pos, kind))
@@ -1045,7 +1049,7 @@ class Decoder:
                 hidden, blocks = hidden.to(device), [block.to(device) for block in blocks]
                 rotary = {kind: tables.to(device) for kind, tables in rotary.items()}
             normed = self._norm(hidden, layer.input_layernorm).to(self.dtype)
-            if step.is_cleaned:  # attention multiplies what it ignores by 0, which NaN survives
+            if are_cleaned:  # attention multiplies what it ignores by 0, which NaN survives
                 normed = normed.nan_to_num(0, 0, 0)
             attended = self._attend(layer.self_attn, normed, blocks, rotary)
             hidden = hidden + self._norm(attended, layer.post_attention_layernorm).to(self.dtype)
@@ -1133,6 +1137,11 @@ def to_host(values: Tensor) -> Tensor:
     return host.copy_(values)
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity among them, which none of them makes less."""
+    return math.isfinite(values.sum(dtype=torch.float32))
+
+
 # ───────────────────────────────────────── extraction ──────────────────────────────────────────
 def state_shapes(config, layers: list[int]) -> dict[str, int]:
     """Name and width of every vector of a sample, in the order in which they are kept."""
@@ -1148,7 +1157,7 @@ class Spans:
         self._layers = set(layers)
         self._device = device
         self._spans: list[tuple[int, int, int]] = []
-        self._found: list[tuple[Tensor, Tensor]] = []  # a layer
+        self._found: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
 
     def add(self, start: int, stop: int, kept: int) -> None:
         """Watch the step's tokens start … stop - 1, and keep the one at `kept`."""
@@ -1160,12 +1169,11 @@ class Spans:
             sums = [hidden[a:b].sum(dim=0, dtype=torch.float32) for a, b, _ in self._spans]
             kept = put(torch.tensor([kept for _, _, kept in self._spans]), hidden.device)
             found = (hidden[kept].float(), torch.stack(sums))
-            self._found.append(tuple(vectors.to(self._device) for vectors in found))
+            self._found[layer_idx] = tuple(vectors.to(self._device) for vectors in found)
 
     def take(self) -> tuple[Tensor, Tensor]:
         """The kept tokens and the sums of the pass, [spans, layers, D] each."""
-        kept, sums = zip(*self._found, strict=True)
-        self._found = []
+        kept, sums = zip(*self._found.values(), strict=True)
         return torch.stack(kept, dim=1), torch.stack(sums, dim=1)
 
 
@@ -1193,8 +1201,8 @@ class Extractor:
         self._shapes = state_shapes(model.config, layers)
         self._owners = itertools.count(1)
         self._streak = FailureStreak()
-        # Of who was live when memory ran short, and has not ended: the batch size before that.
-        self._size_before: dict[Prompt, int] = {}
+        self._full_size = batch_size
+        self._source_error: Exception | None = None
         self._again: deque[Asked] = deque()  # what did not fit
         self._outcomes: list[Sample | Failure] = []
         self._is_filling = False
@@ -1211,8 +1219,10 @@ class Extractor:
         """Samples as their answers end, and failures. What stands side by side depends on the
         order of `source` and on memory alone. Once `is_stopping`, nothing new is begun.
 
-        Raises ExtractionError: the device failed, or too many images one after the other.
+        Raises ExtractionError: the device failed, or too many images one after the other; and what
+        `source` raises, but what is in hand then is answered before.
         """
+        source = self._until_error(source)
         while True:
             error = None
             try:
@@ -1227,10 +1237,17 @@ class Extractor:
             if has_fit and isinstance(error, RuntimeError):
                 ids = [live.prompt.row.question_id for live in self._live]
                 raise ExtractionError(f"the model failed on question_ids {ids}: {error}") from error
-            if has_fit and error:
-                raise error
-            if has_fit and not (outcomes or self._live):
-                return
+            if has_fit and (error or not (outcomes or self._live)):
+                break
+        if error := error or self._source_error:
+            raise error
+
+    def _until_error(self, source: Iterator[Asked]) -> Iterator[Asked]:
+        self._source_error = None
+        try:
+            yield from source
+        except (ExtractionError, Damage, OSError, RuntimeError) as error:
+            self._source_error = error
 
     @torch.inference_mode()
     def _advance(self, source: Iterator[Asked], is_stopping: Callable[[], bool]) -> None:
@@ -1290,10 +1307,9 @@ class Extractor:
         step, spans, last = self._make_prefill(entering)
         embeds = self.decoder.embed(step)
         patches = self._fill_in_images(embeds, step, new_seats)
-        hidden, (kept, sums) = self._run_prefill(step, embeds, spans, last)
-        if not all_finite(hidden, kept, sums):  # again, so that what went wrong spoils nobody else
-            step.is_cleaned = True
-            hidden, (kept, sums) = self._run_prefill(step, embeds, spans, last)
+        hidden = self.decoder.run(step, embeds, spans.observe)
+        hidden = self.decoder.final_norm(hidden[put(torch.tensor(last), hidden.device)])  # [.., D]
+        kept, sums = spans.take()
         for i, seat in enumerate(new_seats):
             seat.states = (patches[i], kept[i], sums[i])
         states = self._join_states(lives, kept[len(new_seats) :], sums[len(new_seats) :])
@@ -1342,12 +1358,6 @@ class Extractor:
         embeds[put(soft, self.device)] = torch.cat(features).flatten(0, 1)
         return torch.cat(means)
 
-    def _run_prefill(self, step: Step, embeds: Tensor, spans: Spans, last: list[int]) -> tuple:
-        """Hidden states of the last prompt tokens, [.., D], normed; and what `spans` keeps."""
-        hidden = self.decoder.run(step, embeds, spans.observe)
-        hidden = hidden[put(torch.tensor(last), hidden.device)]
-        return self.decoder.final_norm(hidden), spans.take()
-
     def _join_states(self, lives: list[Live], query: Tensor, own_sum: Tensor) -> Tensor:
         """Every vector of every question, in the order of `state_shapes`, in host memory."""
         of_image = zip(*(live.seat.states for live in lives), strict=True)
@@ -1367,9 +1377,6 @@ class Extractor:
             pos = len(live.prompt.input_ids) + len(live.answer) - 1
             live.slots += step.add(live.seat, live.owner, live.answer[-1:], pos, range(0))
         tokens = self._choose_tokens(fresh, step)
-        if not all(math.isfinite(logprob) for _, logprob, _ in tokens):
-            step.is_cleaned = True  # the same slots again, so that nobody else is spoilt
-            tokens = self._choose_tokens(fresh, step)
         for live, (token, logprob, entropy) in zip(fresh + going, tokens, strict=True):
             if not math.isfinite(logprob):
                 self._fail(live, "the logits of its answer are not finite")
@@ -1427,7 +1434,6 @@ class Extractor:
         """Give its slots back; with the last question of an image its row."""
         seat, bank = live.seat, live.seat.bank
         self._live.remove(live)
-        self._size_before.pop(live.prompt, None)
         for slot in live.slots:
             bank.slots[seat.row].give(slot)
         seat.num_live -= 1
@@ -1440,14 +1446,11 @@ class Extractor:
     def _shrink(self) -> None:
         """Memory ran short: what was live is computed again, in half the batch, for good.
 
-        A question that was alone fails, and is alone to blame: batches are again as large as
-        before it came.
+        A question that was alone fails, and is alone to blame: batches begin anew in full size.
         """
         live = self._live
-        for one in live:
-            self._size_before.setdefault(one.prompt, self.batch_size)
         if len(live) == 1:
-            self.batch_size = self._size_before[live[0].prompt]
+            self.batch_size = self._full_size
             self._fail(live[0], "the device's memory is too small for it")
         else:
             self.batch_size = max(1, min(self.batch_size, len(live)) // 2)
@@ -1471,33 +1474,15 @@ def is_out_of_memory(error: Exception | None) -> bool:
     )
 
 
-def all_finite(*tensors: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity in them."""
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
 # ─────────────────────────────── what comes of them is recorded ────────────────────────────────
-class Progress:
-    """One bar; a line now and then where stderr is no terminal."""
+class ProgressLines(io.StringIO):
+    """Takes what the bar writes as lines of the log, where stderr is no terminal."""
 
-    def __init__(self, num_missing: int) -> None:
-        self.num_extracted = self.num_failed = 0
-        self._is_terminal = sys.stderr.isatty() and RANK == 0
-        self._last_line = time.monotonic()
-        file = sys.stderr if self._is_terminal else open(os.devnull, "w")
-        # Without smoothing: the rate since the start, for answers come in bursts.
-        self.bar = tqdm(total=num_missing, unit=" samples", file=file, ncols=100, smoothing=0)
-
-    def count(self, outcome: Sample | Failure) -> None:
-        """Count a row that is stored, or failed."""
-        has_failed = isinstance(outcome, Failure)
-        self.num_failed += has_failed
-        self.num_extracted += not has_failed
-        self.bar.set_postfix(failed=self.num_failed, refresh=False)
-        self.bar.update()
-        if not self._is_terminal and time.monotonic() - self._last_line > LINE_SECONDS:
-            self._last_line = time.monotonic()
-            log.info("%s", self.bar)
+    def write(self, text: str) -> int:
+        """Log a state of the bar."""
+        if line := text.strip():
+            log.info("%s", line)
+        return len(text)
 
 
 @dataclass(eq=False)
@@ -1507,33 +1492,39 @@ class OpenPart:
     number: int
     writer: PartWriter
     missing: set[Row]  # without an outcome yet
+    settled: set[str] = field(default_factory=set)  # question_ids that have one
     failures: list[Failure] = field(default_factory=list)
 
 
-@dataclass(eq=False)
 class Recorder:
     """Writes outcomes into their parts, on a thread of its own beside the model.
 
     Answers end in another order than the plan's, so several parts are open at once; each is
-    finished with the last of its rows. What went wrong on the thread comes out of the next call as
-    ExtractionError, and no part that is open then is put in place.
+    finished with the last of its rows. What went wrong on the thread comes out of a later call.
     """
 
-    options: Options
-    settings: dict  # the root attributes of a part
-    prompter: Prompter
-    lock: OutputLock
-    progress: Progress
-    num_claimed: int = 0
-    _open: dict[Row, OpenPart] = field(default_factory=dict)  # by each row without an outcome
-    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    _pending: deque[Future] = field(default_factory=deque)
-    _has_failed: bool = False
+    def __init__(
+        self, options: Options, settings: dict, prompter: Prompter, lock: OutputLock, total: int
+    ) -> None:
+        self.num_extracted = self.num_failed = self.num_claimed = 0
+        self._options = options
+        self._settings = settings  # the root attributes of a part
+        self._prompter = prompter
+        self._lock = lock
+        self._open: dict[Row, OpenPart] = {}  # by each row without an outcome
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: deque[Future] = deque()
+        where = {"file": ProgressLines(), "mininterval": LINE_SECONDS, "delay": LINE_SECONDS}
+        if sys.stderr.isatty() and RANK == 0:
+            where = {}
+        # Without smoothing: the rate since the start, for answers come in bursts.
+        where |= {"unit": " samples", "ncols": 100, "smoothing": 0, "miniters": 1}
+        self.bar = tqdm(total=total, **where)
 
     def expect(self, number: int, rows: list[Row]) -> None:
         """Part `number` is this process's; these rows are missing in it."""
-        path = part_path(self.options.output_dir, number)
-        writer = PartWriter(path, self.settings, self.options.compression)
+        path = part_path(self._options.output_dir, number)
+        writer = PartWriter(path, self._settings, self._options.compression)
         self._open.update(dict.fromkeys(rows, OpenPart(number, writer, set(rows))))
         self.num_claimed += 1
 
@@ -1549,27 +1540,28 @@ class Recorder:
             self._pending.popleft().result()
 
     def finish(self) -> None:
-        """Save what there is of the parts in hand; of some there is nothing yet."""
+        """Save what there is of the parts in hand; `drain` tells how that went."""
         wait(self._pending)
-        for part in dict.fromkeys(self._open.values()):
-            if part.failures or part.writer.part is not None:
+        for part in set(self._open.values()):
+            if part.settled:
                 self._pending.append(self._thread.submit(self._finish_part, part))
         wait(self._pending)
-        self.drain()
 
     def _record(self, outcome: Sample | Failure) -> None:
-        if self._has_failed:
-            return
-        row = outcome.row if isinstance(outcome, Failure) else outcome.prompt.row
+        has_failed = isinstance(outcome, Failure)
+        row = outcome.row if has_failed else outcome.prompt.row
         part = self._open[row]
-        with self._given_up_on_error(part):
-            if isinstance(outcome, Failure):
-                part.failures.append(outcome)
-            else:
-                self._write(part.writer, outcome)
-        self.progress.count(outcome)
+        if has_failed:
+            part.failures.append(outcome)
+        else:
+            self._write(part.writer, outcome)
+        self.num_failed += has_failed
+        self.num_extracted += not has_failed
+        self.bar.set_postfix(failed=self.num_failed, refresh=False)
+        self.bar.update()
         del self._open[row]
         part.missing.discard(row)
+        part.settled.add(row.question_id)
         if not part.missing:
             self._finish_part(part)
 
@@ -1578,7 +1570,7 @@ class Recorder:
         vectors = {name: vector.numpy() for name, vector in sample.states.items()}
         attributes = {
             "num_prompt_tokens": len(prompt.input_ids),
-            "vision_token_pos": self.prompter.soft_stop - 1,
+            "vision_token_pos": self._prompter.soft_stop - 1,
             "query_token_pos": len(prompt.input_ids) - 1,
             "num_answer_tokens": len(sample.answer),
             "answer_truncated": sample.is_truncated,
@@ -1587,37 +1579,17 @@ class Recorder:
         if sample.logprobs:
             vectors["answer_logprobs"] = np.array(sample.logprobs, dtype=np.float32)
             attributes["first_token_entropy"] = sample.first_token_entropy
-        writer.add(prompt.row, self.prompter.decode(sample.answer), vectors, attributes)
+        writer.add(prompt.row, self._prompter.decode(sample.answer), vectors, attributes)
 
     def _finish_part(self, part: OpenPart) -> None:
         """Put a part in place, with the failures of its rows, and let go of it."""
-        output_dir = self.options.output_dir
-        with self._given_up_on_error(part):
-            if self._has_failed:
-                return part.writer.close()
-            part.writer.finish()
-            settled = {failure.row.question_id for failure in part.failures}
-            with open_part(part_path(output_dir, part.number)) as stored:
-                settled.update(read_ids(stored))
-            with self.lock.record():
-                update_failures(output_dir, lambda id_: id_ not in settled, part.failures)
-            is_done = not part.missing and not self.options.test
-            self.lock.release(part.number, is_done)
-
-    @contextlib.contextmanager
-    def _given_up_on_error(self, part: OpenPart) -> Iterator[None]:
-        try:
-            yield
-        except (Damage, *H5PY_ERRORS) as error:
-            self._has_failed = True
-            part.writer.close()
-            advice = "the parts in hand are not saved, those in place are whole; run it again"
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                advice += ", once there is room"
-            raise ExtractionError(
-                f"writing part {part.number} to {self.options.output_dir}: "
-                f"{getattr(error, 'strerror', None) or error} | {advice}"
-            ) from error
+        part.writer.finish()
+        with self._lock.record():
+            update_failures(
+                self._options.output_dir, lambda q: q not in part.settled, part.failures
+            )
+        is_done = not part.missing and not self._options.test
+        self._lock.release(part.number, is_done)
 
 
 # ───────────────────────────── parts: right, or not there ──────────────────────────────────────
@@ -1629,29 +1601,6 @@ class CarefulFile(io.FileIO):
     """
 
     error: OSError | None = None
-
-    def readinto(self, buffer) -> int:
-        """Fill the buffer, with zeros behind the end of the file, as HDF5 wants it."""
-        rest = self._in_full(lambda fd, rest, pos: os.preadv(fd, [rest], pos), buffer)
-        rest[:] = bytes(len(rest))
-        return len(buffer)
-
-    def write(self, buffer) -> int:
-        """Write all of it."""
-        self._in_full(os.pwrite, buffer)
-        return len(buffer)
-
-    def truncate(self, size: int | None = None) -> None:
-        """Cut or extend the file."""
-        self._attempt(super().truncate, size)
-
-    def sync(self) -> None:
-        """Return when all is on the disk."""
-        self._attempt(os.fsync, self.fileno())
-
-    def close(self) -> None:
-        """Some file systems tell only here that a write went wrong."""
-        self._attempt(super().close)
 
     @contextlib.contextmanager
     def truthful(self) -> Iterator[None]:
@@ -1666,18 +1615,35 @@ class CarefulFile(io.FileIO):
             if error := self.error:
                 raise OSError(error.errno, error.strerror, str(self.name)) from error
 
+    def readinto(self, buffer) -> int:
+        """Fill the buffer, with zeros behind the end of the file, as HDF5 wants it."""
+        rest = self._in_full(lambda fd, rest, pos: os.preadv(fd, [rest], pos), buffer)
+        rest[:] = bytes(len(rest))
+        return len(buffer)
+
+    def write(self, buffer) -> int:
+        """Write all of it."""
+        self._in_full(os.pwrite, buffer)
+        return len(buffer)
+
+    def truncate(self, size: int | None = None) -> None:
+        """Cut or extend the file."""
+        with self._hidden():
+            super().truncate(size)
+
     def _in_full(self, call: Callable, buffer) -> memoryview:
         rest, pos = memoryview(buffer).cast("B"), self.tell()
-        while rest and (size := self._attempt(call, self.fileno(), rest, pos)):
-            rest, pos = rest[size:], pos + size
+        with self._hidden():
+            while rest and (size := call(self.fileno(), rest, pos)):
+                rest, pos = rest[size:], pos + size
         return rest
 
-    def _attempt(self, call: Callable, *args):
+    @contextlib.contextmanager
+    def _hidden(self) -> Iterator[None]:
         try:
-            return call(*args)
+            yield
         except OSError as error:
             self.error = self.error or error
-            return None
 
 
 @contextlib.contextmanager
@@ -1710,11 +1676,6 @@ def group_name(question_id: str) -> str:
     """A name that HDF5 takes; `urllib.parse.unquote` gives the question_id back."""
     name = question_id.replace("%", "%25").replace("/", "%2F")
     return name.replace(".", "%2E") if not name.strip(".") else name
-
-
-def read_ids(part: h5py.File) -> list[str]:
-    """The question_ids of a part, without a look at its samples."""
-    return list(map(urllib.parse.unquote, part))
 
 
 def storage_type(name: str, storage_dtype: str) -> h5py.h5t.TypeID:
@@ -1770,38 +1731,36 @@ class PartWriter:
 
     What a finished file of the same number holds is taken over with the first thing to write; if
     there is none, it stays as it is. Memory does not grow with the part.
-    Every method raises OSError if the system failed, or Damage: then it is to be closed.
+    Every method raises OSError if the system failed, or Damage: the part is given up with that.
     """
 
     def __init__(self, path: Path, attributes: dict, compression: str = "none") -> None:
-        self.part: h5py.File | None = None  # once there was something to write
         self._path = path
         self._partial = path.with_suffix(".partial")
         self._attributes = attributes
         self._storage = (attributes["storage_dtype"], compression)
+        self._part: h5py.File | None = None  # once there was something to write
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[h5py.File]:
-        if self.part is None:
-            self._file = CarefulFile(self._partial, "w+")
-        with self._file.truthful():
-            if self.part is None:
-                # HDF5 1.10's format: smaller, with checksums over all but the vectors themselves.
-                self.part = h5py.File(self._file, "w", libver=("v110", "v110"))
-                if self._path.exists():
-                    self._take_over()
-                self.part.attrs.update(self._attributes)
-            yield self.part
-
-    def _take_over(self) -> None:
         try:
-            with open_part(self._path) as finished:
-                self.part.attrs.update(finished.attrs)
-                for name in finished:
-                    finished.copy(name, self.part)
-        except Damage as damage:
-            set_aside(self._path, damage)
+            if self._part is None:
+                self._open()
+            with self._file.truthful():
+                yield self._part
+        except (OSError, Damage):
+            self.close()
             raise
+
+    def _open(self) -> None:
+        file_mode, mode = ("r+", "r+") if self._path.exists() else ("w+", "w")
+        if mode == "r+":
+            shutil.copyfile(self._path, self._partial)
+        self._file = CarefulFile(self._partial, file_mode)
+        with self._file.truthful():
+            # HDF5 1.10's format: smaller, with checksums over all but the vectors themselves.
+            self._part = h5py.File(self._file, mode, libver=("v110", "v110"))
+            self._part.attrs.update(self._attributes)
 
     def add(self, row: Row, answer: str, vectors: dict[str, np.ndarray], attributes: dict) -> None:
         """Write one sample; `vectors` are float32, [width] each."""
@@ -1835,71 +1794,55 @@ class PartWriter:
 
     def finish(self) -> None:
         """Write, sync, check and rename; a part that gained nothing stays as it was."""
-        if self.part is None and self._path.exists():
+        if self._part is None and self._path.exists():
             return
         with self._writing() as part:
-            count = len(part)
-            part.attrs["num_samples"] = count
-            part.attrs["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-            part.close()
-            self._file.sync()
-            self._file.close()
-        with open_part(self._partial) as written:
-            if len(written) != count:
-                raise Damage(f"{self._partial} holds {len(written)} samples; expected {count}")
-        put_in_place(self._partial, self._path)
+            with self._file.truthful():
+                count = len(part)
+                part.attrs["num_samples"] = count
+                part.attrs["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+                part.close()
+                os.fsync(self._file.fileno())
+                self._file.close()  # where some file systems tell that a write went wrong
+            with open_part(self._partial) as written:
+                if len(written) != count:
+                    raise Damage(f"{self._partial} holds {len(written)} samples, not {count}")
+            put_in_place(self._partial, self._path)
 
     def close(self) -> None:
         """Give up what is not in place."""
-        if self.part is not None:
+        if self._part is not None:
             with contextlib.suppress(OSError, Damage), self._file.truthful():
-                self.part.close()
-            self._file.close()
+                self._part.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
         with contextlib.suppress(OSError):
             self._partial.unlink(missing_ok=True)
 
 
-def read_part(
-    path: Path,
-    settings: dict,
-    by_id: dict[str, Row] | None = None,
-    stored: dict[str, Path] | None = None,
-) -> tuple[list[str], list[Row]]:
-    """The question_ids of a finished part, and the rows whose place or ground truth is another now.
+def check_part(path: Path, part: h5py.File, settings: dict) -> None:
+    """Look at a part's attributes and the number of its samples, and at nothing else.
 
-    Only its attributes and names are read; the texts of samples where it was written from another
-    CSV, and there are rows `by_id` to compare them with.
-    Raises Damage: it does not open, the two do not agree, or a question_id is `stored` elsewhere;
-    ExtractionError: other settings, or another question or image under a question_id.
+    Raises Damage: they are not whole, or do not agree; ExtractionError: other settings.
     """
-    with open_part(path) as part:
-        attributes = {
-            name: value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-            for name, value in part.attrs.items()
-        }
-        version = attributes.get("schema_version", SCHEMA_VERSION)
-        if version != SCHEMA_VERSION:
-            raise ExtractionError(
-                f"{path} was written by another version of this program (schema_version {version}, "
-                f"now {SCHEMA_VERSION}) | choose another --output-dir, or --overwrite"
-            )
-        needed = {*IDENTITY, "model_name", "dataset_sha256", "num_samples", "schema_version"}
-        if absent := needed - attributes.keys():
-            raise Damage(f"its attributes {sorted(absent)} are gone")
-        if differing := [name for name in IDENTITY if attributes[name] != settings[name]]:
-            shown = ["model_name"] * ("model_revision" in differing) + differing
-            pairs = [f"{name} was {attributes[name]!r} and is {settings[name]!r}" for name in shown]
-            raise ExtractionError(
-                f"{path} was written with other settings: {'; '.join(pairs)} "
-                "| go on with the old ones, choose another --output-dir, or --overwrite"
-            )
-        if attributes["num_samples"] != len(part):
-            raise Damage(f"{len(part)} samples; expected {attributes['num_samples']}")
-        question_ids = read_ids(part)
-        if again := [one for one in question_ids if one in (stored or {})]:
-            raise Damage(f"question_id {again[0]!r} stands in {stored[again[0]].name} already")
-        is_compared = by_id and attributes["dataset_sha256"] != settings["dataset_sha256"]
-        return question_ids, find_changes(path, part, by_id) if is_compared else []
+    attributes = {
+        name: value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+        for name, value in part.attrs.items()
+    }
+    needed = {*IDENTITY, "model_name", "dataset_sha256", "num_samples"}
+    absent = sorted(needed - attributes.keys())
+    differing = [n for n in IDENTITY if n not in absent and attributes[n] != settings[n]]
+    if differing:
+        shown = ["model_name"] * ("model_revision" in differing) + differing
+        pairs = [f"{n} was {attributes.get(n)!r} and is {settings[n]!r}" for n in shown]
+        raise ExtractionError(
+            f"{path} was written with other settings: {'; '.join(pairs)} "
+            "| go on with the old ones, choose another --output-dir, or --overwrite"
+        )
+    if absent:
+        raise Damage(f"its attributes {absent} are gone")
+    if attributes["num_samples"] != len(part):
+        raise Damage(f"{len(part)} samples; expected {attributes['num_samples']}")
 
 
 def find_changes(path: Path, part: h5py.File, by_id: dict[str, Row]) -> list[Row]:
@@ -1938,19 +1881,23 @@ def scan_parts(output_dir: Path, settings: dict, rows: Iterable[Row] = ()) -> di
     changed: dict[Path, list[Row]] = {}
     for path in find_parts(output_dir):
         try:
-            question_ids, moved = read_part(path, settings, by_id, stored)
+            with open_part(path) as part:
+                check_part(path, part, settings)
+                question_ids = list(map(urllib.parse.unquote, part))
+                if again := stored.keys() & set(question_ids):
+                    first = min(again)
+                    raise Damage(f"question_id {first!r} stands in {stored[first].name} already")
+                if by_id and part.attrs["dataset_sha256"] != settings["dataset_sha256"]:
+                    changed[path] = find_changes(path, part, by_id)
             stored.update(dict.fromkeys(question_ids, path))
-            if moved:
-                changed[path] = moved
         except Damage as damage:
             set_aside(path, damage)
     names = ("storage_dtype", "dataset", "dataset_sha256")
     for path, moved in changed.items():
-        attributes = {name: settings[name] for name in names}
-        with contextlib.closing(PartWriter(path, attributes)) as writer:
-            for row in moved:
-                writer.amend(row)
-            writer.finish()
+        writer = PartWriter(path, {name: settings[name] for name in names})
+        for row in moved:
+            writer.amend(row)
+        writer.finish()
     if count := sum(map(len, changed.values())):
         log.info("row or ground truth of %d samples brought up to date", count)
     return stored
@@ -1967,23 +1914,22 @@ def set_aside(path: Path, damage: Damage) -> None:
 def update_failures(
     output_dir: Path, is_open: Callable[[str], bool], new: Iterable[Failure] = ()
 ) -> set[str]:
-    """Keep of `failed_samples.csv` the question_ids that are still open, and add new ones.
+    """Keep of `failed_samples.csv` the question_ids that are still open, and add new failures.
 
     No failures, no file; a line that somebody spoilt goes. Returns the ids that it held before.
     """
-    path = output_dir / FAILED_NAME
-    partial = path.with_suffix(".partial")
+    path, header = output_dir / FAILED_NAME, ["question_id", "image_id", "error"]
     before: list[list[str]] = []
-    if path.exists():
+    with contextlib.suppress(FileNotFoundError, csv.Error):
         text = path.read_bytes().decode(errors="replace")
-        with contextlib.suppress(csv.Error):
-            before = list(csv.reader(io.StringIO(text, newline="")))[1:]
-    before = [line for line in before if len(line) == 3]
+        lines = list(csv.reader(io.StringIO(text, newline="")))
+        before = [line for line in lines if len(line) == 3 and line != header]
     lines = [line for line in before if is_open(line[0])]
-    lines += [[f.row.question_id, f.row.image_id, f.error] for f in new]
+    lines += [[failure.row.question_id, failure.row.image_id, failure.error] for failure in new]
+    partial = path.with_suffix(".partial")
     if lines:
         with open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            csv.writer(file).writerows([("question_id", "image_id", "error"), *lines])
+            csv.writer(file).writerows([header, *lines])
             file.flush()
             os.fsync(file.fileno())
         put_in_place(partial, path)
@@ -2020,7 +1966,7 @@ class OutputLock:
         self._descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
 
     def _lock(self, kind: int, byte: int) -> bool:
-        """Whether it is granted at once; without locks on the file system always."""
+        """Whether it is granted; without locks on the file system always."""
         try:
             fcntl.lockf(self._descriptor, kind, 1, byte)
         except (BlockingIOError, PermissionError):
@@ -2041,28 +1987,29 @@ class OutputLock:
 
         Raises ExtractionError: those who are at work have other settings or rows.
         """
-        told = time.monotonic()
-        while not self._lock(self.TAKE, 0):
+        for attempt in itertools.count(1):
+            if self._lock(self.TAKE, 0):
+                return True
             if self._lock(self.SHARE, 0):
-                with self.record() as record:
-                    theirs = record["settings"]
-                    differing = [name for name in settings if theirs.get(name) != settings[name]]
-                    if not differing:
-                        record["processes"].append(self._name)
-                        return False
-                self._lock(self.GIVE, 0)
-                if self._lock(self.TAKE, 0):  # they have just left
-                    return True
-                pairs = [f"{n} is {theirs.get(n)!r} there, {settings[n]!r} here" for n in differing]
-                raise ExtractionError(
-                    f"{self.output_dir} is in use by {', '.join(record['processes'])} with other "
-                    f"settings: {'; '.join(pairs)} | wait, or choose another --output-dir"
-                )
-            if time.monotonic() - told > LINE_SECONDS:
+                break
+            if attempt % 600 == 0:  # 30 s
                 log.info("waiting for the process that checks %s", self.output_dir)
-                told = time.monotonic()
             time.sleep(0.05)
-        return True
+        with self.record() as record:
+            there = record["settings"]
+            differing = [name for name in settings if there.get(name) != settings[name]]
+            if not differing:
+                record["processes"].append(self._name)
+                return False
+        if self._lock(self.TAKE, 0):  # they have just left
+            return True
+        pairs = [
+            f"{name} is {there.get(name)!r} there, {settings[name]!r} here" for name in differing
+        ]
+        raise ExtractionError(
+            f"{self.output_dir} is in use by {', '.join(record['processes'])} with other settings: "
+            f"{'; '.join(pairs)} | wait, or choose another --output-dir"
+        )
 
     def open(self, settings: dict) -> None:
         """Let the others in."""
@@ -2086,20 +2033,17 @@ class OutputLock:
     def record(self) -> Iterator[dict]:
         """What the file says, to read and to change, one process at a time."""
         with self._thread_lock:
-            while not self._lock(self.TAKE, self.RECORD):
-                time.sleep(0.01)
+            self._lock(fcntl.LOCK_EX, self.RECORD)
             try:
+                text = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0).decode()
                 record = {"settings": {}, "processes": [], "done": []}
-                with contextlib.suppress(ValueError, TypeError):  # cut short with its writer
-                    size = os.fstat(self._descriptor).st_size
-                    text = os.pread(self._descriptor, size, 0).decode()
+                with contextlib.suppress(ValueError):  # cut short with its writer
                     record |= json.JSONDecoder().raw_decode(text)[0]
-                before = json.dumps(record)
                 yield record
-                text = json.dumps(record)
-                if text != before:  # the rest of a longer text would do no harm
-                    os.pwrite(self._descriptor, text.encode(), 0)
-                    os.ftruncate(self._descriptor, len(text))
+                changed = json.dumps(record)
+                if changed != text:  # the rest of a longer text would do no harm
+                    os.pwrite(self._descriptor, changed.encode(), 0)
+                    os.ftruncate(self._descriptor, len(changed))
             finally:
                 self._lock(self.GIVE, self.RECORD)
 
@@ -2161,25 +2105,27 @@ def open_output(
     checks = is_first and (lock.has_locks or RANK == 0)
     compared = rows if checks else ()
     stored = {} if options.overwrite else scan_parts(output_dir, settings, compared)
-    wanted = set(rows[:NUM_TEST_ROWS] if options.test else rows)
-    missing, about = {}, {}
-    for number, part in plan_parts(rows, options.checkpoint_interval).items():
-        if left := [row for row in part if row in wanted and row.question_id not in stored]:
-            missing[number] = left
-    for row in rows:
-        if path := stored.get(row.question_id):
-            about.setdefault(row.image_id, {}).setdefault(path, []).append(row.question_id)
+    unstored = {row.question_id for row in rows} - stored.keys()
+    wanted = rows[:NUM_TEST_ROWS] if options.test else rows
+    to_do = unstored.intersection(row.question_id for row in wanted)
     if checks:
         if lock.has_locks:  # or others may be at work unseen
             remove_files(output_dir, everything=False)
-        check_disk(output_dir, sum(map(len, missing.values())) * sample_size, options.overwrite)
+        check_disk(output_dir, len(to_do) * sample_size, options.overwrite)
     if options.overwrite:
         remove_files(output_dir, everything=True)
-    unstored = {row.question_id for row in rows} - stored.keys()
     with lock.record():
         known_failures = update_failures(output_dir, unstored.__contains__)
     if is_first:
         lock.open(identity)
+    about: dict[str, tuple[Path, str]] = {}
+    for row in rows:
+        if path := stored.get(row.question_id):
+            about.setdefault(row.image_id, (path, row.question_id))
+    missing: dict[int, list[Row]] = {}
+    for number, part in plan_parts(rows, options.checkpoint_interval).items():
+        if left := [row for row in part if row.question_id in to_do]:
+            missing[number] = left
     return Plan(len(wanted), missing, about, known_failures)
 
 
@@ -2207,30 +2153,29 @@ def count_elsewhere(plan: Plan, lock: OutputLock) -> int:
 
 
 def work_through(
-    plan: Plan, lock: OutputLock, source: ImageSource, extractor: Extractor, recorder: Recorder
+    options: Options, plan: Plan, lock: OutputLock, extractor: Extractor, recorder: Recorder
 ) -> None:
     """Extract every row that this process can claim, or until it is to stop.
 
-    Raises ExtractionError: it could not go on; what was done is saved.
+    Raises ExtractionError, OSError or Damage: it could not go on; what was done is saved.
     """
     try:
         while not STOP.status:
-            num_claimed = recorder.num_claimed
+            num_left = len(plan.missing)
             rows = claim_rows(plan, lock, recorder.expect)
-            with contextlib.closing(source.images(rows)) as images:
+            images = asked_images(options, extractor.prompter, plan, rows, recorder.record)
+            with contextlib.closing(images):
                 for outcome in extractor.run(images, lambda: bool(STOP.status)):
                     recorder.record(outcome)
             recorder.drain()
-            if source.error:
-                raise source.error
-            if recorder.num_claimed > num_claimed:
-                continue
-            # A launcher ends everybody with the first process that fails: none may end early.
-            if not (IS_LAUNCHED and count_elsewhere(plan, lock)):
-                break
-            time.sleep(0.5)
+            if len(plan.missing) == num_left:
+                # A launcher ends everybody with the first process that fails: none may end early.
+                if not (IS_LAUNCHED and count_elsewhere(plan, lock)):
+                    break
+                time.sleep(0.5)
     finally:
         recorder.finish()
+    recorder.drain()
 
 
 def extract(options: Options) -> int:
@@ -2267,7 +2212,7 @@ def extract(options: Options) -> int:
         num_missing = sum(map(len, plan.missing.values()))
         log.info("%d rows in the plan, %d to do", plan.num_rows, num_missing)
         if not (num_missing or options.test):
-            return summarise(plan, lock, Progress(0), 0.0)
+            return summarise(plan, lock, 0, 0, 0.0)
         model = model or load_model(options, config, device)
         billions = model.num_parameters() / 1e9
         size = f"{billions:.0f}b" if billions >= 0.5 else f"{1e3 * billions:.1f}m"
@@ -2277,12 +2222,10 @@ def extract(options: Options) -> int:
         extractor = Extractor(model, prompter, settings["layers"], *limits)
         stack.enter_context(STOP.deferred())
         stack.enter_context(logging_redirect_tqdm([log]))
-        progress = Progress(num_missing)
-        recorder = Recorder(options, settings, prompter, lock, progress)
-        source = ImageSource(options, prompter, plan, recorder.record)
+        recorder = Recorder(options, settings, prompter, lock, num_missing)
         start = time.monotonic()
-        with contextlib.closing(progress.bar):
-            work_through(plan, lock, source, extractor, recorder)
+        with contextlib.closing(recorder.bar):
+            work_through(options, plan, lock, extractor, recorder)
         num_seconds = time.monotonic() - start
         is_sound = True
         if options.test and RANK == 0 and not STOP.status:
@@ -2290,13 +2233,13 @@ def extract(options: Options) -> int:
         if STOP.status:
             log.warning("stopped; what was done is saved, and the same command goes on from there")
             return STOP.status
-        status = summarise(plan, lock, progress, num_seconds)
+        counts = (recorder.num_extracted, recorder.num_failed)
+        status = summarise(plan, lock, *counts, num_seconds)
         return status if is_sound else 1
 
 
-def summarise(plan: Plan, lock: OutputLock, progress: Progress, num_seconds: float) -> int:
+def summarise(plan: Plan, lock: OutputLock, extracted: int, failed: int, seconds: float) -> int:
     """The last line; the exit status."""
-    extracted, failed = progress.num_extracted, progress.num_failed
     if failed:
         log.warning("what failed, and why: %s", lock.output_dir / FAILED_NAME)
     elsewhere = count_elsewhere(plan, lock)
@@ -2304,7 +2247,7 @@ def summarise(plan: Plan, lock: OutputLock, progress: Progress, num_seconds: flo
     others = f", {elsewhere} in other processes" if elsewhere else ""
     print(
         f"Extracted {extracted} of {plan.num_rows} samples ({failed} failed, {already} already "
-        f"done{others}) in {num_seconds:.1f} s: {extracted / max(num_seconds, 1e-9):.2f} samples/s",
+        f"done{others}) in {seconds:.1f} s: {extracted / max(seconds, 1e-9):.2f} samples/s",
         file=sys.stderr,
     )
     return 3 if failed else 0
@@ -2365,56 +2308,6 @@ def compare_with_plain(images_dir: Path, extractor: Extractor, asked: Asked) -> 
     return input_ids == prompt.input_ids, effect, errors
 
 
-def time_rows(extractor: Extractor, source: ImageSource, tried: list[Row], rows: list[Row]):
-    """Seconds and answer tokens a row: a batch of those `tried`, as many an image as in `rows`."""
-    each = round(len(rows) / len({row.image_id for row in rows}))
-    each = min(each, extractor.batch_size)
-    num_images = max(len(tried), extractor.batch_size // each)  # answers differ between images
-    questions = itertools.cycle(tried)
-    images = itertools.islice(itertools.cycle(tried), num_images)
-    repeated = [
-        dataclasses.replace(next(questions), index=index, image_id=row.image_id)
-        for index, row in enumerate(row for row in images for _ in range(each))
-    ]
-    begin = time.monotonic()
-    outcomes = list(extractor.run(source.images(repeated)))
-    seconds = time.monotonic() - begin
-    num_tokens = sum(len(o.answer) for o in outcomes if isinstance(o, Sample))
-    return seconds / len(repeated), num_tokens / len(repeated)
-
-
-def report_test(
-    options: Options, settings: dict, sample_size: int, extractor: Extractor, rows: list[Row]
-) -> bool:
-    """Print what the first rows show and what the whole CSV would take; whether all is well."""
-    nothing = Plan(0, {}, {}, set())
-    source = ImageSource(options, extractor.prompter, nothing, fail=lambda failure: None)
-    first, asked = rows[:NUM_TEST_ROWS], []
-    for row in first:  # its image is asked all the questions, so that it goes the shared way
-        others = [dataclasses.replace(r, image_id=row.image_id) for r in first if r is not row]
-        one, _ = source.ask([row, *others])
-        if one and one.prompts[0].row is row:
-            asked.append(one)
-    if not asked:
-        print("none of the first rows can be extracted, so nothing was checked")
-        return True
-    is_sound = print_checks(options, extractor, asked)
-    tried = [one.prompts[0].row for one in asked]
-    seconds, num_tokens = time_rows(extractor, source, tried, rows)
-    rate, num_images = NUM_RANKS / seconds, len({row.image_id for row in rows})
-    free = shutil.disk_usage(options.output_dir).free / 1e9
-    print(
-        f"torch {settings['torch_version']}, transformers {settings['transformers_version']}; "
-        f"{options.dtype} on {settings.get('device_name', settings['device'])}; attention by "
-        f"{name_attention_kernel(extractor)}\npeak memory {peak_memory(extractor.device)}\n"
-        f"the whole CSV takes {len(rows) * sample_size / 1e9:.2f} GB; {free:.0f} GB are free\n"
-        f"{len(rows)} rows about {num_images} images take {len(rows) / rate / 3600:.2f} h at "
-        f"{rate:.2f} samples/s, if answers have {num_tokens:.0f} tokens as here",
-        flush=True,
-    )
-    return is_sound
-
-
 def print_checks(options: Options, extractor: Extractor, asked: list[Asked]) -> bool:
     """Print what comparisons show, and the errors of each layer; whether all is well."""
     prompter, layers = extractor.prompter, extractor.layers
@@ -2434,20 +2327,57 @@ def print_checks(options: Options, extractor: Extractor, asked: list[Asked]) -> 
     for what, is_well in checks.items():
         print(f"{'ok  ' if is_well else 'FAIL'}  {what}")
     print(f"      {VISION} {errors[0]:.1e}; by layer {', '.join(map(str, layers))}:")
-    for k, kind in enumerate(LAYER_KINDS):
-        of_kind = errors[1 + k * len(layers) :][: len(layers)]
+    for kind, of_kind in zip(LAYER_KINDS, errors[1:].split(len(layers))):
         print(f"      {kind:<28}{' '.join(f'{error:.1e}' for error in of_kind)}")
     return all(checks.values())
 
 
+def report_test(
+    options: Options, settings: dict, sample_size: int, extractor: Extractor, rows: list[Row]
+) -> bool:
+    """Print what the first rows show and what the whole CSV would take; whether all is well."""
+    prompter, first, asked = extractor.prompter, rows[:NUM_TEST_ROWS], []
+    for row in first:  # its image is asked all the questions, so that it goes the shared way
+        others = [dataclasses.replace(r, image_id=row.image_id) for r in first if r is not row]
+        one, _ = ask(options, prompter, [row, *others])
+        if one and one.prompts[0].row is row:
+            asked.append(one)
+    if not asked:
+        print("none of the first rows can be extracted, so nothing was checked")
+        return True
+    is_sound = print_checks(options, extractor, asked)
+    (in_order,) = plan_parts(rows, len(rows)).values()
+    timed, nothing = in_order[: extractor.batch_size], Plan(0, {}, {}, set())
+    begin = time.monotonic()
+    outcomes = list(
+        extractor.run(asked_images(options, prompter, nothing, timed, fail=lambda _: None))
+    )
+    seconds = (time.monotonic() - begin) / len(timed) / NUM_RANKS
+    answers = [len(outcome.answer) for outcome in outcomes if isinstance(outcome, Sample)]
+    num_tokens, num_images = np.mean(answers or [0]), len({row.image_id for row in rows})
+    free = shutil.disk_usage(options.output_dir).free / 1e9
+    print(
+        f"torch {settings['torch_version']}, transformers {settings['transformers_version']}; "
+        f"{options.dtype} on {settings.get('device_name', settings['device'])}; attention by "
+        f"{name_attention_kernel(extractor)}\npeak memory {peak_memory(extractor.device)}\n"
+        f"the whole CSV takes {len(rows) * sample_size / 1e9:.2f} GB; {free:.0f} GB are free\n"
+        f"{len(rows)} rows about {num_images} images take {len(rows) * seconds / 3600:.2f} h at "
+        f"{1 / seconds:.2f} samples/s, if answers have {num_tokens:.0f} tokens as here",
+        flush=True,
+    )
+    return is_sound
+
+
 def name_attention_kernel(extractor: Extractor) -> str:
     """What PyTorch takes for the decoder's attention on this device."""
-    config, like = extractor.decoder.config, {"dtype": extractor.decoder.dtype}
-    heads, group = config.num_key_value_heads, config.num_attention_heads
-    like["device"] = extractor.device
-    query = torch.zeros(1, heads, group // heads, config.head_dim, **like)
-    key = torch.zeros(1, heads, 64, config.head_dim, **like)
-    bias = torch.zeros(1, 1, group // heads, 64, **like)
+    config = extractor.decoder.config
+    kv_heads, group = (
+        config.num_key_value_heads,
+        config.num_attention_heads // config.num_key_value_heads,
+    )
+    like = {"dtype": extractor.decoder.dtype, "device": extractor.device}
+    query, key = (torch.zeros(1, kv_heads, n, config.head_dim, **like) for n in (group, 64))
+    bias = torch.zeros(1, 1, group, 64, **like)
     choice = torch._fused_sdp_choice(query, key, key, attn_mask=bias)
     return torch.nn.attention.SDPBackend(choice).name.lower()
 
@@ -2461,20 +2391,16 @@ def peak_memory(device: torch.device) -> str:
 
 
 # ───────────────────────────────────────── command line ────────────────────────────────────────
-def at_least(least: int) -> Callable[[str], int]:
-    """A whole number from `least`."""
-
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return int(text)
-
-    return number
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
 
 
 def size_or_auto(text: str) -> int | None:
     """A whole number from 1; None for `auto`."""
-    return None if text == "auto" else at_least(1)(text)
+    return None if text == "auto" else positive(text)
 
 
 def layer_list(text: str) -> tuple[int, ...] | str:
@@ -2493,12 +2419,11 @@ def read_options(words: list[str]) -> Options:
     """What the command line says."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    count, dtypes, packings = at_least(1), list(TEST_BOUNDS), ["none", "gzip", "lzf"]
-    cores = min(8, len(os.sched_getaffinity(0)))
+    dtypes, cores = list(TEST_BOUNDS), min(8, len(os.sched_getaffinity(0)))
 
-    add = parser.add_argument_group("what to read and where to write").add_argument
-    columns = "question_id, image_id|image_name, question, answer|gt_answer"
-    add("--vqa-dataset", type=Path, required=True, metavar="CSV", help=f"table with {columns}")
+    columns = "the CSV's columns: question_id, image_id|image_name, question, answer|gt_answer"
+    add = parser.add_argument_group("what to read and where to write", columns).add_argument
+    add("--vqa-dataset", type=Path, required=True, metavar="CSV", help="a line a question")
     add("--images-dir", type=Path, required=True, metavar="DIR", help="where image_id names a file")
     add("--output-dir", type=Path, default="output", metavar="DIR", help="for parts (%(default)s)")
     add("--overwrite", action="store_true", help="start afresh: delete what this program wrote")
@@ -2506,32 +2431,34 @@ def read_options(words: list[str]) -> Options:
     add("--strict", action="store_true", help="stop at the first row that fails")
 
     add = parser.add_argument_group("the model").add_argument
-    model = "name on the Hugging Face hub, or local directory (%(default)s)"
-    add("--model", default="google/gemma-3-12b-it", help=model)
+    add("--model", default="google/gemma-3-12b-it", help="on the hub, or a directory (%(default)s)")
     add("--revision", default="main", help="branch, tag or commit on the hub (%(default)s)")
-    cache = "for downloads (%(default)s)"
-    add("--cache-dir", type=Path, default="model_cache", metavar="DIR", help=cache)
+    add("--cache-dir", type=Path, default="model_cache", help="for downloads (%(default)s)")
     add("--device", default="cuda", help="cuda, cpu or any torch device (%(default)s)")
     add("--device-map", choices=["auto"], help="spread one model over GPUs and CPU")
-    dtype = "of the model (%(default)s)"
-    add("--dtype", type=dtype_name, choices=dtypes, default="bfloat16", help=dtype)
+    add("--dtype", type=dtype_name, choices=dtypes, default="bfloat16", help="(%(default)s)")
 
     add = parser.add_argument_group("what is extracted").add_argument
     layers = "negative: from the end (default: first, quarters and last)"
     add("--layers", type=layer_list, metavar="I,J|all", help=layers)
     tokens = "limit of an answer; 0: none (%(default)s)"
-    add("--max-new-tokens", type=at_least(0), default=200, metavar="N", help=tokens)
+    add("--max-new-tokens", type=int, default=200, metavar="N", help=tokens)
 
     add = parser.add_argument_group("how it is run and stored").add_argument
-    batch_size = "questions answered side by side; auto: what suits the device (%(default)s)"
-    add("--batch-size", type=size_or_auto, default="auto", metavar="N|auto", help=batch_size)
+    size = "questions answered side by side; auto: what suits the device (%(default)s)"
+    add("--batch-size", type=size_or_auto, default="auto", metavar="N|auto", help=size)
     workers = "threads that prepare images (%(default)s here)"
-    add("--num-workers", type=count, default=cores, metavar="N", help=workers)
+    add("--num-workers", type=positive, default=cores, metavar="N", help=workers)
     interval = "samples per part file (%(default)s)"
-    add("--checkpoint-interval", type=count, default=1000, metavar="N", help=interval)
+    add("--checkpoint-interval", type=positive, default=1000, metavar="N", help=interval)
     add("--storage-dtype", choices=dtypes, default="float32", help="of the vectors (%(default)s)")
-    add("--compression", choices=packings, default="none", help="of the vectors (%(default)s)")
-    return parser.parse_args(words)
+    packing = {"choices": ["none", "gzip", "lzf"], "default": "none"}
+    add("--compression", **packing, help="of the vectors (%(default)s)")
+
+    options = parser.parse_args(words)
+    if options.max_new_tokens < 0:
+        parser.error("argument --max-new-tokens: less than 0")
+    return options
 
 
 class Unfailing(io.FileIO):
@@ -2562,8 +2489,10 @@ def main(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         advice = "a smaller --batch-size, --device-map auto, or a larger card"
         told = f"the device's memory is too small: {error} | {advice}"
-    except (OSError, Damage) as error:
-        told = f"{error} | what is in place is whole; the same command goes on"
+    except (OSError, RuntimeError, Damage) as error:
+        told = f"{error} | {options.output_dir} holds whole parts only; the same command goes on"
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            told += ", once there is room; parts in hand are lost"
     log.error("%s", " ".join(told.split()))
     return 1
 

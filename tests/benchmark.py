@@ -195,17 +195,15 @@ class Bench:
             lock = script.OutputLock(Path(directory))
             start = time.perf_counter()
             plan = script.open_output(options, lock, settings, rows, 0)
-            progress = script.Progress(len(rows))
-            recorder = script.Recorder(options, settings, prompter, lock, progress)
-            source = script.ImageSource(options, prompter, plan, recorder.record)
+            recorder = script.Recorder(options, settings, prompter, lock, len(rows))
             size = script.choose_batch_size(options, config, 274, self.device)
             layers, limit = settings["layers"], options.max_new_tokens
             extractor = script.Extractor(self.model, prompter, layers, limit, size)
             extractor.has_ended = lambda live: len(live.answer) == lengths[live.prompt.row.index]
-            script.work_through(plan, lock, source, extractor, recorder)
+            script.work_through(options, plan, lock, extractor, recorder)
             seconds = time.perf_counter() - start
             lock.leave()
-        assert progress.num_extracted == len(rows)
+        assert recorder.num_extracted == len(rows)
         return seconds / len(rows), size
 
 
@@ -385,7 +383,7 @@ def nothing_read_back():
     """What a meta tensor cannot tell is given in its place."""
     to_host, all_finite = script.to_host, script.all_finite
     script.to_host = lambda values: torch.ones(values.shape, dtype=values.dtype)
-    script.all_finite = lambda *tensors: True
+    script.all_finite = lambda values: True
     try:
         yield
     finally:

@@ -353,15 +353,15 @@ class FaultTest:
 
 def tell_memory(script) -> None:
     """Let the program tell its peak and its present memory with every sample."""
-    count = script.Progress.count
+    record = script.Recorder._record
 
-    def tell(self, *counts):
-        count(self, *counts)
+    def tell(self, outcome):
+        record(self, outcome)
         status = Path("/proc/self/status").read_text()
         kilobytes = [re.search(rf"{name}:\s+(\d+)", status)[1] for name in ("VmHWM", "VmRSS")]
         print("memory", self.num_extracted, *kilobytes, file=sys.stderr)
 
-    script.Progress.count = tell
+    script.Recorder._record = tell
 
 
 def measure_memory(root: Path) -> dict[int, tuple[float, float]]:

@@ -228,9 +228,8 @@ def test_failed_images_are_counted_as_they_are_read(prompter):
             yield script.Row(num_taken, str(num_taken), f"{num_taken}.png", Q, "")
 
     plan = script.Plan(10_000, {}, {}, set())
-    source = script.ImageSource(options, prompter, plan, failures.append)
-    assert list(source.images(rows())) == []
-    assert "25 different images" in str(source.error)
+    with pytest.raises(script.ExtractionError, match="25 different images"):
+        list(script.asked_images(options, prompter, plan, rows(), failures.append))
     assert [failure.row.index for failure in failures] == list(range(25))
     assert num_taken <= 25 + 2 * options.num_workers + 2
 

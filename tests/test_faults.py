@@ -320,7 +320,7 @@ def test_a_broken_device_stops_the_run_with_what_was_done_saved(
         (script.PartWriter, "add", OSError(errno.EIO, "Input/output error")),
         (script.h5py.Group, "create_group", ValueError("Unable to create group (insert)")),
         (script.h5py.h5d, "create", KeyError("Unable to open object")),
-        (script.CarefulFile, "sync", RuntimeError("Unable to flush")),
+        (script.h5py.File, "close", RuntimeError("Unable to flush")),
         (script, "put_in_place", OSError(errno.ESTALE, "Stale file handle")),
     ],
     ids=lambda word: word if isinstance(word, str) else type(word).__name__,

@@ -18,7 +18,7 @@ SAYS = {
     "ENOSPC": "No space left on device",
     "ESTALE": "Stale file handle",
 }
-READS = "pread64,preadv,preadv2"
+READS = "pread64,preadv,preadv2,read,sendfile,copy_file_range"
 
 
 @pytest.fixture(scope="module", autouse=True)

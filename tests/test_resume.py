@@ -10,7 +10,16 @@ import sys
 
 import h5py
 import pytest
-from conftest import IMAGES, MODEL, assert_same_samples, flags, read_failed, read_samples, write_csv
+from conftest import (
+    IMAGES,
+    MODEL,
+    ROOT,
+    assert_same_samples,
+    flags,
+    read_failed,
+    read_samples,
+    write_csv,
+)
 
 import run_gemma3_extraction as script
 
@@ -203,7 +212,7 @@ def test_the_version_before_is_refused(run_here, done, no_model):
     with h5py.File(done / PART, "a") as file:
         file.attrs["schema_version"] = 1
     before = (done / PART).read_bytes()
-    assert_refused(run_here(rows=GOOD), PART, "another version", "schema_version 1, now 2")
+    assert_refused(run_here(rows=GOOD), PART, "schema_version was 1 and is 2", "--overwrite")
     assert (done / PART).read_bytes() == before
 
 
@@ -376,8 +385,8 @@ def test_damaged_part_is_set_aside_and_computed_again(damage, run_here, done, fi
     assert_same_samples(read_samples(done), read_samples(finished))
 
 
-def test_a_sample_that_cannot_be_taken_over_stops_no_run_for_good(run_here, out, tmp_path):
-    """Its object header is gone, which shows only as the part is written anew."""
+def test_a_sample_that_nobody_reads_stops_no_run_and_verify_finds_it(run_here, out, tmp_path):
+    """Its object header is gone, which shows in no list of names."""
     images = shutil.copytree(IMAGES, tmp_path / "images")
     rows = [*GOOD[:2], ("late", "late.png", Q, "")]
     assert run_here(rows=rows, images_dir=images)[0] == 3
@@ -387,11 +396,15 @@ def test_a_sample_that_cannot_be_taken_over_stops_no_run_for_good(run_here, out,
         file.seek(place + 4)
         file.write(bytes(16))
     shutil.copy(IMAGES / "grey.png", images / "late.png")
-    for _ in range(2):
-        status, stderr = run_here(rows=rows, images_dir=images)
-        assert "Traceback" not in stderr
+    status, stderr = run_here(rows=rows, images_dir=images)
     assert status == 0, stderr
-    assert read_samples(out).keys() == {row[0] for row in rows}
+    with h5py.File(out / PART) as part:
+        assert set(part) == {row[0] for row in rows}
+        assert part["late/answer"].shape == ()
+    verify = [sys.executable, ROOT / "inspect_h5.py", out, "--verify"]
+    found = subprocess.run(verify, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert "cannot be read as a part" in found.stdout
 
 
 def test_a_part_copied_over_another_is_computed_again(run_here, out):

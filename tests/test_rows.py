@@ -153,10 +153,12 @@ def test_images_are_upright_rgb_and_known_by_their_files():
 )
 def test_no_image_id_leads_out_of_the_directory(tmp_path, image_id):
     with pytest.raises(script.RowError, match="does not name a file inside"):
-        script.image_path(tmp_path, image_id)
+        script.find_image(tmp_path, image_id)
 
 
 def test_an_image_may_lie_deeper(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "d.png").touch()
     for directory in (tmp_path, script.Path("."), script.Path("x/..")):
-        assert script.image_path(directory, "b/c/../d.png") == tmp_path / "b" / "d.png"
+        assert script.find_image(directory, "b/c/../d.png") == tmp_path / "b" / "d.png"
