@@ -719,9 +719,6 @@ def asked_images(
     for asked, failures in ask_ahead(options, prompter, rows):
         for failure in failures:
             fail(failure)
-            if options.strict:
-                where = f"question_id {failure.row.question_id!r}"
-                raise ExtractionError(f"--strict: {where} failed: {failure.error}")
             if not asked:
                 streak.extend(failure)
         if asked:
@@ -1138,7 +1135,7 @@ def to_host(values: Tensor) -> Tensor:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity among them, which none of them makes less."""
+    """Whether there is neither NaN nor infinity among them: a sum with one is not finite."""
     return math.isfinite(values.sum(dtype=torch.float32))
 
 
@@ -1246,7 +1243,7 @@ class Extractor:
         self._source_error = None
         try:
             yield from source
-        except (ExtractionError, Damage, OSError, RuntimeError) as error:
+        except Exception as error:
             self._source_error = error
 
     @torch.inference_mode()
@@ -1476,12 +1473,12 @@ def is_out_of_memory(error: Exception | None) -> bool:
 
 # ─────────────────────────────── what comes of them is recorded ────────────────────────────────
 class ProgressLines(io.StringIO):
-    """Takes what the bar writes as lines of the log, where stderr is no terminal."""
+    """Prints a line for each state of the bar, where stderr is no terminal."""
 
     def write(self, text: str) -> int:
-        """Log a state of the bar."""
+        """Not by the log, which waits for the bar's lock with its own in hand."""
         if line := text.strip():
-            log.info("%s", line)
+            print(line, file=sys.stderr)
         return len(text)
 
 
@@ -1491,22 +1488,24 @@ class OpenPart:
 
     number: int
     writer: PartWriter
-    missing: set[Row]  # without an outcome yet
-    settled: set[str] = field(default_factory=set)  # question_ids that have one
+    num_missing: int  # rows without an outcome yet
+    settled: set[str] = field(default_factory=set)  # question_ids of the others
     failures: list[Failure] = field(default_factory=list)
+    is_given_up: bool = False
 
 
 class Recorder:
     """Writes outcomes into their parts, on a thread of its own beside the model.
 
     Answers end in another order than the plan's, so several parts are open at once; each is
-    finished with the last of its rows. What went wrong on the thread comes out of a later call.
+    finished with the last of its rows. A part that could not be written is given up. What went
+    wrong on the thread comes out of a later call.
     """
 
     def __init__(
         self, options: Options, settings: dict, prompter: Prompter, lock: OutputLock, total: int
     ) -> None:
-        self.num_extracted = self.num_failed = self.num_claimed = 0
+        self.num_extracted = self.num_failed = 0
         self._options = options
         self._settings = settings  # the root attributes of a part
         self._prompter = prompter
@@ -1514,56 +1513,63 @@ class Recorder:
         self._open: dict[Row, OpenPart] = {}  # by each row without an outcome
         self._thread = ThreadPoolExecutor(1)
         self._pending: deque[Future] = deque()
-        where = {"file": ProgressLines(), "mininterval": LINE_SECONDS, "delay": LINE_SECONDS}
-        if sys.stderr.isatty() and RANK == 0:
-            where = {}
-        # Without smoothing: the rate since the start, for answers come in bursts.
-        where |= {"unit": " samples", "ncols": 100, "smoothing": 0, "miniters": 1}
-        self.bar = tqdm(total=total, **where)
+        lines = {"file": ProgressLines(), "mininterval": LINE_SECONDS, "delay": LINE_SECONDS}
+        look = {"unit": " samples", "ncols": 100, "miniters": 1, "disable": RANK > 0}
+        look["smoothing"] = 0  # the rate since the start, for answers come in bursts
+        self.bar = tqdm(total=total, **look, **({} if sys.stderr.isatty() else lines))
 
     def expect(self, number: int, rows: list[Row]) -> None:
         """Part `number` is this process's; these rows are missing in it."""
         path = part_path(self._options.output_dir, number)
         writer = PartWriter(path, self._settings, self._options.compression)
-        self._open.update(dict.fromkeys(rows, OpenPart(number, writer, set(rows))))
-        self.num_claimed += 1
+        self._open.update(dict.fromkeys(rows, OpenPart(number, writer, len(rows))))
 
     def record(self, outcome: Sample | Failure) -> None:
-        """Take an outcome."""
+        """Take an outcome. Raises ExtractionError: a failure with `--strict`."""
         self._pending.append(self._thread.submit(self._record, outcome))
         while self._pending and (self._pending[0].done() or len(self._pending) > MAX_BATCH_SIZE):
             self._pending.popleft().result()
+        if self._options.strict and isinstance(outcome, Failure):
+            where = f"question_id {outcome.row.question_id!r}"
+            raise ExtractionError(f"--strict: {where} failed: {outcome.error}")
 
     def drain(self) -> None:
         """Return when all is written that was recorded."""
+        wait(self._pending)
         while self._pending:
             self._pending.popleft().result()
 
     def finish(self) -> None:
-        """Save what there is of the parts in hand; `drain` tells how that went."""
+        """Save what there is of the parts in hand; of some there is nothing yet."""
         wait(self._pending)
-        for part in set(self._open.values()):
-            if part.settled:
+        for part in dict.fromkeys(self._open.values()):
+            if part.settled and not part.is_given_up:
                 self._pending.append(self._thread.submit(self._finish_part, part))
-        wait(self._pending)
+        self.drain()
 
     def _record(self, outcome: Sample | Failure) -> None:
         has_failed = isinstance(outcome, Failure)
         row = outcome.row if has_failed else outcome.prompt.row
-        part = self._open[row]
-        if has_failed:
-            part.failures.append(outcome)
-        else:
-            self._write(part.writer, outcome)
+        part = self._open.pop(row)
+        if part.is_given_up:
+            return
+        try:
+            if has_failed:
+                part.failures.append(outcome)
+            else:
+                self._write(part.writer, outcome)
+            part.settled.add(row.question_id)
+            part.num_missing -= 1
+            if not part.num_missing:
+                self._finish_part(part)
+        except Exception:
+            part.is_given_up = True
+            part.writer.close()
+            raise
         self.num_failed += has_failed
         self.num_extracted += not has_failed
         self.bar.set_postfix(failed=self.num_failed, refresh=False)
         self.bar.update()
-        del self._open[row]
-        part.missing.discard(row)
-        part.settled.add(row.question_id)
-        if not part.missing:
-            self._finish_part(part)
 
     def _write(self, writer: PartWriter, sample: Sample) -> None:
         prompt = sample.prompt
@@ -1588,7 +1594,7 @@ class Recorder:
             update_failures(
                 self._options.output_dir, lambda q: q not in part.settled, part.failures
             )
-        is_done = not part.missing and not self._options.test
+        is_done = not part.num_missing and not self._options.test
         self._lock.release(part.number, is_done)
 
 
@@ -1610,7 +1616,7 @@ class CarefulFile(io.FileIO):
         except H5PY_ERRORS as error:
             if getattr(error, "errno", None):
                 raise
-            raise Damage(str(error)) from error
+            raise Damage(f"{Path(self.name).name}: {error}") from error
         finally:
             if error := self.error:
                 raise OSError(error.errno, error.strerror, str(self.name)) from error
@@ -1748,17 +1754,19 @@ class PartWriter:
                 self._open()
             with self._file.truthful():
                 yield self._part
-        except (OSError, Damage):
+        except (OSError, Damage) as error:
             self.close()
+            if isinstance(error, Damage) and self._path.exists():  # it was there before
+                set_aside(self._path, error)
             raise
 
     def _open(self) -> None:
-        file_mode, mode = ("r+", "r+") if self._path.exists() else ("w+", "w")
-        if mode == "r+":
+        if is_there := self._path.exists():
             shutil.copyfile(self._path, self._partial)
-        self._file = CarefulFile(self._partial, file_mode)
+        self._file = CarefulFile(self._partial, "r+" if is_there else "w+")
         with self._file.truthful():
             # HDF5 1.10's format: smaller, with checksums over all but the vectors themselves.
+            mode = "r+" if is_there else "w"
             self._part = h5py.File(self._file, mode, libver=("v110", "v110"))
             self._part.attrs.update(self._attributes)
 
@@ -1797,17 +1805,20 @@ class PartWriter:
         if self._part is None and self._path.exists():
             return
         with self._writing() as part:
-            with self._file.truthful():
-                count = len(part)
-                part.attrs["num_samples"] = count
-                part.attrs["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-                part.close()
-                os.fsync(self._file.fileno())
-                self._file.close()  # where some file systems tell that a write went wrong
+            count = len(part)
+            part.attrs["num_samples"] = count
+            part.attrs["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+            part.close()
+            os.fsync(self._file.fileno())
+            self._file.close()  # where some file systems tell that a write went wrong
+        try:
             with open_part(self._partial) as written:
                 if len(written) != count:
                     raise Damage(f"{self._partial} holds {len(written)} samples, not {count}")
             put_in_place(self._partial, self._path)
+        except (OSError, Damage):
+            self.close()
+            raise
 
     def close(self) -> None:
         """Give up what is not in place."""
@@ -2001,6 +2012,7 @@ class OutputLock:
             if not differing:
                 record["processes"].append(self._name)
                 return False
+        self._lock(self.GIVE, 0)
         if self._lock(self.TAKE, 0):  # they have just left
             return True
         pairs = [
@@ -2033,16 +2045,17 @@ class OutputLock:
     def record(self) -> Iterator[dict]:
         """What the file says, to read and to change, one process at a time."""
         with self._thread_lock:
-            self._lock(fcntl.LOCK_EX, self.RECORD)
+            while not self._lock(self.TAKE, self.RECORD):
+                time.sleep(0.01)
             try:
-                text = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0).decode()
+                text = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
                 record = {"settings": {}, "processes": [], "done": []}
-                with contextlib.suppress(ValueError):  # cut short with its writer
-                    record |= json.JSONDecoder().raw_decode(text)[0]
+                with contextlib.suppress(ValueError, TypeError):  # cut short, or somebody else's
+                    record |= json.JSONDecoder().raw_decode(text.decode())[0]
                 yield record
-                changed = json.dumps(record)
+                changed = json.dumps(record).encode()
                 if changed != text:  # the rest of a longer text would do no harm
-                    os.pwrite(self._descriptor, changed.encode(), 0)
+                    os.pwrite(self._descriptor, changed, 0)
                     os.ftruncate(self._descriptor, len(changed))
             finally:
                 self._lock(self.GIVE, self.RECORD)
@@ -2175,13 +2188,12 @@ def work_through(
                 time.sleep(0.5)
     finally:
         recorder.finish()
-    recorder.drain()
 
 
 def extract(options: Options) -> int:
     """Run an extraction, from the CSV to the last part; the exit status.
 
-    Raises ExtractionError: it could not start or go on; OSError: the system failed.
+    Raises ExtractionError: it could not start or go on; OSError, Damage: a file failed.
     """
     if options.overwrite and NUM_RANKS > 1:
         raise ExtractionError(
@@ -2233,8 +2245,7 @@ def extract(options: Options) -> int:
         if STOP.status:
             log.warning("stopped; what was done is saved, and the same command goes on from there")
             return STOP.status
-        counts = (recorder.num_extracted, recorder.num_failed)
-        status = summarise(plan, lock, *counts, num_seconds)
+        status = summarise(plan, lock, recorder.num_extracted, recorder.num_failed, num_seconds)
         return status if is_sound else 1
 
 
@@ -2294,8 +2305,12 @@ def compare_with_plain(images_dir: Path, extractor: Extractor, asked: Asked) -> 
     tokens, and the relative L2 error of every vector.
     """
     prompt, prompter, model = asked.prompts[0], extractor.prompter, extractor.model
-    found = [outcome for outcome in extractor.run(iter([asked])) if isinstance(outcome, Sample)]
-    states = next(sample.states for sample in found if sample.prompt is prompt)
+    for outcome in extractor.run(iter([asked])):
+        if isinstance(outcome, Failure):
+            where = f"question_id {outcome.row.question_id!r}"
+            raise ExtractionError(f"--test: {where} failed: {outcome.error}")
+        if outcome.prompt is prompt:
+            states = outcome.states
     image, _ = open_image(images_dir, prompt.row.image_id)
     where = (model, prompter.processor, image, prompt.row.question)
     input_ids, patches, hidden = plain_forward(*where)
@@ -2347,13 +2362,14 @@ def report_test(
         return True
     is_sound = print_checks(options, extractor, asked)
     (in_order,) = plan_parts(rows, len(rows)).values()
-    timed, nothing = in_order[: extractor.batch_size], Plan(0, {}, {}, set())
+    by_image = [list(about) for _, about in itertools.groupby(in_order, lambda row: row.image_id)]
+    some = by_image[:: max(1, len(rows) // extractor.batch_size)]  # about a batch, from everywhere
+    ahead = ask_ahead(options, prompter, itertools.chain(*some))
     begin = time.monotonic()
-    outcomes = list(
-        extractor.run(asked_images(options, prompter, nothing, timed, fail=lambda _: None))
-    )
-    seconds = (time.monotonic() - begin) / len(timed) / NUM_RANKS
+    images = itertools.chain(asked, (one for one, _ in ahead if one))
+    outcomes = list(extractor.run(images, lambda: bool(STOP.status)))
     answers = [len(outcome.answer) for outcome in outcomes if isinstance(outcome, Sample)]
+    seconds = (time.monotonic() - begin) / max(1, len(answers)) / NUM_RANKS
     num_tokens, num_images = np.mean(answers or [0]), len({row.image_id for row in rows})
     free = shutil.disk_usage(options.output_dir).free / 1e9
     print(
@@ -2371,10 +2387,8 @@ def report_test(
 def name_attention_kernel(extractor: Extractor) -> str:
     """What PyTorch takes for the decoder's attention on this device."""
     config = extractor.decoder.config
-    kv_heads, group = (
-        config.num_key_value_heads,
-        config.num_attention_heads // config.num_key_value_heads,
-    )
+    kv_heads = config.num_key_value_heads
+    group = config.num_attention_heads // kv_heads
     like = {"dtype": extractor.decoder.dtype, "device": extractor.device}
     query, key = (torch.zeros(1, kv_heads, n, config.head_dim, **like) for n in (group, 64))
     bias = torch.zeros(1, 1, group, 64, **like)
@@ -2489,10 +2503,13 @@ def main(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         advice = "a smaller --batch-size, --device-map auto, or a larger card"
         told = f"the device's memory is too small: {error} | {advice}"
-    except (OSError, RuntimeError, Damage) as error:
-        told = f"{error} | {options.output_dir} holds whole parts only; the same command goes on"
+    except (OSError, RuntimeError, MemoryError, Damage) as error:
+        told = (
+            f"{str(error) or type(error).__name__} | what is in place in {options.output_dir} is "
+            "whole, what could not be written is lost; the same command goes on"
+        )
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            told += ", once there is room; parts in hand are lost"
+            told += ", once there is room"
     log.error("%s", " ".join(told.split()))
     return 1
 

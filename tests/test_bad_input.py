@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import shutil
 import struct
@@ -196,6 +197,21 @@ def test_bad_row_is_listed_with_its_reason(bad_rows_run, question_id):
 
 def missing_images(start, stop):
     return [(f"bad {i}", f"nowhere{i}.png", Q, "") for i in range(start, stop)]
+
+
+def test_strict_stops_at_a_row_that_the_model_fails(run_here, monkeypatch, out):
+    pixels, calls = script.Prompter.pixels, itertools.count()
+    monkeypatch.setattr(
+        script.Prompter,
+        "pixels",
+        lambda *args: pixels(*args) * (torch.nan if next(calls) == 1 else 1),
+    )
+    rows = [("1", "circle.png", Q, ""), ("2", "wide.jpg", Q, ""), ("3", "grey.png", Q, "")]
+    status, stderr = run_here("--strict", "--num-workers", 1, rows=rows)
+    assert status == 1
+    assert "--strict: question_id '2' failed: its states" in stderr.splitlines()[-1]
+    assert read_failed(out).keys() == {"2"}
+    assert "3" not in read_samples(out)
 
 
 def test_strict_stops_at_the_first_bad_row(run_here, out):

@@ -265,11 +265,12 @@ def test_a_question_that_does_not_fit_alone_fails(run_rows, monkeypatch, plain, 
     ("name", "call"),
     [("pixels", 2), ("tokenize", 6)],  # one call is the program's own, three are the first image's
 )
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError])
 def test_memory_that_runs_short_beside_the_model_stops_the_run(
-    run_rows, monkeypatch, tmp_path, name, call
+    run_rows, monkeypatch, tmp_path, name, call, kind
 ):
     """In a thread that prepares images no smaller batch helps."""
-    error = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    error = kind("DefaultCPUAllocator: can't allocate memory")
     break_down(monkeypatch, script.Prompter, name, error, call)
     status, stderr = run_rows("--num-workers", 1)
     assert status == 1
@@ -338,6 +339,18 @@ def test_a_write_that_fails_stops_the_run_instead_of_hanging(
     monkeypatch.undo()
     assert run_rows("--max-new-tokens", 1)[0] == 0
     assert len(check_parts(tmp_path / "out")) == 12
+
+
+def test_a_write_that_fails_is_told_whatever_else_stopped_the_run(run_rows, monkeypatch, tmp_path):
+    """A part in hand cannot be saved as `--strict` ends the run."""
+    csv_path = tmp_path / "rows.csv"
+    lines = csv_path.read_text().splitlines()
+    csv_path.write_text("\n".join([*lines[:4], "bad,no.png,what?,", *lines[4:]]) + "\n")
+    break_down(monkeypatch, script, "put_in_place", OSError(errno.EIO, "Input/output error"), 1)
+    status, stderr = run_rows("--strict", "--checkpoint-interval", 12)
+    assert status == 1
+    assert "Input/output error" in stderr.splitlines()[-1]
+    assert not list((tmp_path / "out").glob("*.h5"))
 
 
 # ─────────────────────────────────────────── full disks ──────────────────────────────────────────

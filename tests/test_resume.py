@@ -407,6 +407,22 @@ def test_a_sample_that_nobody_reads_stops_no_run_and_verify_finds_it(run_here, o
     assert "cannot be read as a part" in found.stdout
 
 
+def test_a_part_that_cannot_be_added_to_stops_no_run_for_good(run_here, done):
+    """What is damaged is where there is room in it: nobody looks there before writing."""
+    content = bytearray((done / PART).read_bytes())
+    place = content.index(b"FSHD")
+    content[place + 8] ^= 1
+    (done / PART).write_bytes(content)
+    rows = [*GOOD, ("new", "circle.png", Q, "")]
+    status, stderr = run_here(rows=rows)
+    assert status == 1
+    assert f"{PART} is damaged" in stderr
+    assert "the same command goes on" in stderr.splitlines()[-1]
+    assert run_here(rows=rows)[0] == 0
+    assert read_samples(done).keys() == NAMES | {"new"}
+    assert len(list(done.glob("*.damaged-*"))) == 1
+
+
 def test_a_part_copied_over_another_is_computed_again(run_here, out):
     words, rows = ["--checkpoint-interval", 2, "--max-new-tokens", 0], GOOD
     assert run_here(*words, rows=rows)[0] == 0
@@ -458,6 +474,15 @@ def test_part_that_somebody_has_open_is_not_damaged(run_here, done, no_model):
 
 
 # ──────────────────────────────────── others in the directory ────────────────────────────────────
+
+
+@pytest.mark.parametrize("content", [b"4242\n", b"[1]", b"\xff\xfe"])
+def test_somebody_elses_lock_file_is_taken_over(run_here, out, content):
+    out.mkdir()
+    (out / ".lock").write_bytes(content)
+    assert run_here(rows=GOOD)[0] == 0
+    assert b"settings" in (out / ".lock").read_bytes()
+
 
 # Holds the directory as a process at work does, and parts of it: a POSIX lock does not keep its
 # own process out.

@@ -3,12 +3,14 @@
 import contextlib
 import hashlib
 import io
+import logging
 import math
 import random
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -391,6 +393,41 @@ def test_a_failed_check_of_the_test_run_is_an_error(test_here, monkeypatch, mist
     assert [i for i, line in enumerate(lines) if line.startswith("FAIL  ")] == [failing]
     errors = layer_errors(lines)
     assert {name for name, error in errors.items() if not error < 1e-4} == vectors
+
+
+def test_a_test_run_looks_no_further_than_it_must(test_here):
+    """30 images are missing: that is no reason to withhold what the first three rows show."""
+    rows = [*SOME[:3], *((f"bad {i}", f"nowhere{i}.png", "what?", "") for i in range(30))]
+    status, lines, stderr = test_here("--strict", rows=rows)
+    assert (status, last_line(stderr)) == (0, (3, 3, 0, 0))
+    assert "33 rows about 32 images take" in lines[-1]
+
+
+def test_a_test_run_on_a_row_that_the_model_fails(test_here, monkeypatch):
+    pixels = script.Prompter.pixels
+    monkeypatch.setattr(script.Prompter, "pixels", lambda *args: pixels(*args) * torch.nan)
+    status, _, stderr = test_here(rows=SOME[:1])
+    assert status == 1
+    assert "Traceback" not in stderr
+    assert f"--test: question_id {SOME[0][0]!r} failed: its states are" in stderr.splitlines()[-1]
+
+
+def test_a_line_of_progress_does_not_wait_for_the_log(capsys):
+    """The log waits for the bar's lock with its own in hand: both ways round they would hang."""
+    handler = logging.StreamHandler()
+    script.log.addHandler(handler)
+    handler.acquire()
+    try:
+        thread = threading.Thread(
+            target=lambda: script.ProgressLines().write("\r 7/9 "), daemon=True
+        )
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+    finally:
+        handler.release()
+        script.log.removeHandler(handler)
+    assert capsys.readouterr().err == "7/9\n"
 
 
 def test_a_test_run_without_a_row_that_can_be_extracted(test_here, tmp_path):
