@@ -1664,6 +1664,8 @@ def open_part(path: Path) -> Iterator[h5py.File]:
         except OSError as error:
             if error.errno not in (*NO_LOCKS, errno.EBADF, errno.EINVAL):
                 raise OSError(error.errno, "it is open in another program", str(path)) from error
+        if os.pread(file.fileno(), 1, 11) not in (b"", b"\0"):  # the superblock's consistency flags
+            raise Damage("a program that had it open for writing died; h5clear -s mends it")
         with file.truthful(), h5py.File(file, "r") as part:
             yield part
 

@@ -383,7 +383,7 @@ def nothing_read_back():
     """What a meta tensor cannot tell is given in its place."""
     to_host, all_finite = script.to_host, script.all_finite
     script.to_host = lambda values: torch.ones(values.shape, dtype=values.dtype)
-    script.all_finite = lambda values: True
+    script.all_finite = lambda values: values.sum(dtype=torch.float32) is not None
     try:
         yield
     finally:

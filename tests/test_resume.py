@@ -407,6 +407,17 @@ def test_a_sample_that_nobody_reads_stops_no_run_and_verify_finds_it(run_here, o
     assert "cannot be read as a part" in found.stdout
 
 
+@pytest.mark.parametrize("more", [[], [("new", "circle.png", Q, "")]])
+def test_a_part_that_a_dead_program_left_open_is_not_done(run_here, done, more):
+    """HDF5 marks it, and no reader opens it by its name."""
+    die = "import h5py, os, sys; f = h5py.File(sys.argv[1], 'a'); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", die, done / PART], check=False)
+    with pytest.raises(OSError, match="h5clear"):
+        h5py.File(done / PART)
+    assert run_here(rows=[*GOOD, *more])[0] == 0
+    assert read_samples(done).keys() == NAMES | {row[0] for row in more}
+
+
 def test_a_part_that_cannot_be_added_to_stops_no_run_for_good(run_here, done):
     """What is damaged is where there is room in it: nobody looks there before writing."""
     content = bytearray((done / PART).read_bytes())
