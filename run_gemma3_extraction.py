@@ -694,7 +694,7 @@ def ask_ahead(options: Options, prompter: Prompter, rows: Iterable[Row]) -> Iter
     """
     by_image = itertools.groupby(rows, key=lambda row: row.image_id)
     with ThreadPoolExecutor(options.num_workers) as pool:
-        coming = (pool.submit(ask, options, prompter, list(rows)) for _, rows in by_image)
+        coming = (pool.submit(ask, options, prompter, list(about)) for _, about in by_image)
         pending = deque(itertools.islice(coming, 2 * options.num_workers + 1))
         try:
             while pending:
@@ -872,6 +872,7 @@ class Step:
     def __init__(self) -> None:
         self.tokens: list[Token] = []
         self.banks: list[tuple[Bank, int]] = []  # and where its tokens start
+        self.is_cleaned = False  # keys and values that are not finite become 0
 
     def add(self, seat: Seat, owner: int, input_ids: list[int], first_pos: int, soft: range):
         """Add tokens that stand side by side in a prompt; returns their slots.
@@ -1024,18 +1025,9 @@ class Decoder:
     def run(self, step: Step, hidden: Tensor, observe: Callable[[int, Tensor], None]) -> Tensor:
         """From embeddings [n, D] to the output of the last layer, [n, D], before the final norm.
 
-        `observe` is shown every layer's index and output [n, D]; once more, should that of a token
-        not be finite: then keys and values are cleaned, so that it spoils nobody else's.
+        `observe` is shown every layer's index and output [n, D].
         """
         blocks = lay_out(step, self.config, self.dtype, self.devices[0])
-        found = self._run_layers(step, hidden, blocks, observe, are_cleaned=False)
-        if not all_finite(found):
-            found = self._run_layers(step, hidden, blocks, observe, are_cleaned=True)
-        return found
-
-    def _run_layers(
-        self, step: Step, hidden: Tensor, blocks: list[Block], observe: Callable, are_cleaned: bool
-    ) -> Tensor:
         pos = put(torch.tensor([[token.pos for token in step.tokens]]), self.devices[0])
         rotary = {
             kind: signed_rotary(*self._decoder.rotary_emb(hidden[None], pos, kind))
@@ -1046,7 +1038,7 @@ class Decoder:
                 hidden, blocks = hidden.to(device), [block.to(device) for block in blocks]
                 rotary = {kind: tables.to(device) for kind, tables in rotary.items()}
             normed = self._norm(hidden, layer.input_layernorm).to(self.dtype)
-            if are_cleaned:  # attention multiplies what it ignores by 0, which NaN survives
+            if step.is_cleaned:  # attention multiplies what it ignores by 0, which NaN survives
                 normed = normed.nan_to_num(0, 0, 0)
             attended = self._attend(layer.self_attn, normed, blocks, rotary)
             hidden = hidden + self._norm(attended, layer.post_attention_layernorm).to(self.dtype)
@@ -1199,7 +1191,6 @@ class Extractor:
         self._owners = itertools.count(1)
         self._streak = FailureStreak()
         self._full_size = batch_size
-        self._source_error: Exception | None = None
         self._again: deque[Asked] = deque()  # what did not fit
         self._outcomes: list[Sample | Failure] = []
         self._is_filling = False
@@ -1219,6 +1210,7 @@ class Extractor:
         Raises ExtractionError: the device failed, or too many images one after the other; and what
         `source` raises, but what is in hand then is answered before.
         """
+        self._source_error: Exception | None = None
         source = self._until_error(source)
         while True:
             error = None
@@ -1240,10 +1232,9 @@ class Extractor:
             raise error
 
     def _until_error(self, source: Iterator[Asked]) -> Iterator[Asked]:
-        self._source_error = None
         try:
             yield from source
-        except Exception as error:
+        except Exception as error:  # whatever it is, `run` raises it later
             self._source_error = error
 
     @torch.inference_mode()
@@ -1305,6 +1296,9 @@ class Extractor:
         embeds = self.decoder.embed(step)
         patches = self._fill_in_images(embeds, step, new_seats)
         hidden = self.decoder.run(step, embeds, spans.observe)
+        if not all_finite(hidden):  # again, so that what went wrong spoils nobody else
+            step.is_cleaned = True
+            hidden = self.decoder.run(step, embeds, spans.observe)
         hidden = self.decoder.final_norm(hidden[put(torch.tensor(last), hidden.device)])  # [.., D]
         kept, sums = spans.take()
         for i, seat in enumerate(new_seats):
@@ -1374,6 +1368,9 @@ class Extractor:
             pos = len(live.prompt.input_ids) + len(live.answer) - 1
             live.slots += step.add(live.seat, live.owner, live.answer[-1:], pos, range(0))
         tokens = self._choose_tokens(fresh, step)
+        if not all(math.isfinite(logprob) for _, logprob, _ in tokens):
+            step.is_cleaned = True  # the same slots again, so that nobody else is spoilt
+            tokens = self._choose_tokens(fresh, step)
         for live, (token, logprob, entropy) in zip(fresh + going, tokens, strict=True):
             if not math.isfinite(logprob):
                 self._fail(live, "the logits of its answer are not finite")
@@ -1514,9 +1511,15 @@ class Recorder:
         self._thread = ThreadPoolExecutor(1)
         self._pending: deque[Future] = deque()
         lines = {"file": ProgressLines(), "mininterval": LINE_SECONDS, "delay": LINE_SECONDS}
-        look = {"unit": " samples", "ncols": 100, "miniters": 1, "disable": RANK > 0}
-        look["smoothing"] = 0  # the rate since the start, for answers come in bursts
-        self.bar = tqdm(total=total, **look, **({} if sys.stderr.isatty() else lines))
+        self.bar = tqdm(
+            total=total,
+            unit=" samples",
+            ncols=100,
+            miniters=1,
+            smoothing=0,  # the rate since the start, for answers come in bursts
+            disable=RANK > 0,
+            **({} if sys.stderr.isatty() else lines),
+        )
 
     def expect(self, number: int, rows: list[Row]) -> None:
         """Part `number` is this process's; these rows are missing in it."""
@@ -1665,7 +1668,7 @@ def open_part(path: Path) -> Iterator[h5py.File]:
             if error.errno not in (*NO_LOCKS, errno.EBADF, errno.EINVAL):
                 raise OSError(error.errno, "it is open in another program", str(path)) from error
         if os.pread(file.fileno(), 1, 11) not in (b"", b"\0"):  # the superblock's consistency flags
-            raise Damage("a program that had it open for writing died; h5clear -s mends it")
+            raise Damage(f"{path.name}: whoever had it open for writing died; h5clear -s mends it")
         with file.truthful(), h5py.File(file, "r") as part:
             yield part
 
