@@ -1,34 +1,44 @@
-"""States, answers and their probabilities against transformers alone: nothing shared, no pool."""
+"""States, answers and their probabilities against transformers alone: nothing shared, no lanes."""
 
 import itertools
+import math
 import random
 import time
-from collections import Counter
 
+import numpy as np
 import pytest
 import torch
-from conftest import CSV, IMAGES, MODEL, make_options, read_csv, read_samples
-from transformers import AutoModelForImageTextToText
-from transformers.models.gemma3 import modeling_gemma3
+from conftest import CSV, IMAGES, MODEL, make_options, read_csv
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 import run_gemma3_extraction as script
 
 LAYERS = [0, 2, 4, 6, 7]
 MAX_NEW_TOKENS = 40
+CPU = torch.device("cpu")
+PLAIN_NORM = getattr(Gemma3RMSNorm, "plain_forward", Gemma3RMSNorm.forward)
 
 
 def make_rows():
     """The test data, and a question far longer than the sliding window."""
     rows = [
-        script.Row(i, q, row["image_id"], row["question"], row["answer"])
-        for i, (q, row) in enumerate(read_csv().items())
+        script.Row(question_id, row["image_id"], row["question"], row["answer"])
+        for question_id, row in read_csv().items()
     ]
     words = "which of the shapes in this image " * 214 + "is red?"  # 1,500 words
-    return [*rows, script.Row(len(rows), "very long", "wide.jpg", words, "")]
+    return [*rows, script.Row("very long", "wide.jpg", words, "")]
 
 
 def reference(model, processor, row):
-    """All of one prompt from the model's own entry points."""
+    """All of one prompt from the model's own entry points, with its own norm."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Gemma3RMSNorm, "forward", PLAIN_NORM)
+        return plain_reference(model, processor, row)
+
+
+@torch.inference_mode()
+def plain_reference(model, processor, row):
+    """`generate`, and `output_hidden_states` with the final norm taken out: no hooks."""
     image, _ = script.open_image(IMAGES, row.image_id)
     content = [{"type": "image", "image": image}, {"type": "text", "text": row.question}]
     inputs = processor.apply_chat_template(
@@ -40,24 +50,20 @@ def reference(model, processor, row):
     ).to(model.dtype)
     kwargs = {"do_sample": False, "top_k": None, "top_p": None, "disable_compile": True}
     kwargs |= {"return_dict_in_generate": True, "output_logits": True}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(module, args, output):  # the prefill, and nothing after it
-        kept.setdefault(module.layer_idx, output[0].float())
-
-    layers = [model.model.language_model.layers[i] for i in LAYERS]
-    with torch.inference_mode():
-        handles = [layer.register_forward_hook(keep) for layer in layers]
-        generated = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, **kwargs)
-        for handle in handles:
-            handle.remove()
-        patches = model.model.vision_tower(inputs["pixel_values"]).last_hidden_state[0]
+    generated = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, **kwargs)
+    decoder = model.model.language_model
+    norm, decoder.norm = decoder.norm, torch.nn.Identity()
+    outputs = model.model(**inputs, output_hidden_states=True)
+    decoder.norm = norm
+    patches = model.model.vision_tower(inputs["pixel_values"]).last_hidden_state[0]
     input_ids = inputs["input_ids"][0]
     last_soft = int((input_ids == model.config.image_token_id).nonzero()[-1])
     vectors = {"vision_representation": patches.float().mean(0)}
-    vectors |= {f"vision_token_representation/layer_{i}": h[last_soft] for i, h in kept.items()}
-    vectors |= {f"query_token_representation/layer_{i}": h[-1] for i, h in kept.items()}
-    vectors |= {f"multimodal_representation/layer_{i}": h.mean(0) for i, h in kept.items()}
+    for i in LAYERS:
+        hidden = outputs.hidden_states[i + 1][0].float()
+        vectors[f"vision_token_representation/layer_{i}"] = hidden[last_soft]
+        vectors[f"query_token_representation/layer_{i}"] = hidden[-1]
+        vectors[f"multimodal_representation/layer_{i}"] = hidden.mean(0)
     tokens = generated.sequences[0, len(input_ids) :].tolist()
     logits = torch.cat(generated.logits).float()
     end = model.generation_config.eos_token_id
@@ -77,27 +83,44 @@ def references(model, processor):
     return {row.question_id: reference(model, processor, row) for row in make_rows()}
 
 
+def load(directory, dtype="float32"):
+    """The program's own loading: model and prompter."""
+    options = make_options(model=str(directory), dtype=dtype, device="cpu")
+    path, _ = script.find_model(options)
+    config, processor = script.load_processor(options, path)
+    model = script.load_model(options, path, config, CPU)
+    return model, script.Prompter(processor, config)
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return load(MODEL)[0]
+
+
 def make_extractor(model, prompter, batch_size=16, max_new_tokens=MAX_NEW_TOKENS):
-    return script.Extractor(model, prompter, LAYERS, max_new_tokens, batch_size)
+    return script.Extractor(model, prompter, LAYERS, max_new_tokens, batch_size, CPU)
 
 
-def ask_all(prompter, rows=None, dtype="float32"):
-    """The images with their questions, as the run makes them."""
+def read_all(prompter, rows, dtype="float32"):
+    """The images with their questions, as the run reads them."""
     options = make_options(CSV, IMAGES, dtype=dtype, device="cpu", num_workers=2)
-    plan = script.Plan(0, {}, {}, set())
-    rows = script.plan_parts(rows or make_rows(), 10**9)[1]
-    return script.asked_images(options, prompter, plan, rows, fail=pytest.fail)
+    return script.read_ahead(options, prompter, [rows], fail=pytest.fail)
 
 
 def run_all(extractor, rows=None):
     """The extractor's own pipeline, without files: samples and failures by question_id."""
-    dtype = str(extractor.decoder.dtype).partition(".")[2]
+    dtype = str(extractor.model.dtype).partition(".")[2]
     found = {}
-    for outcome in extractor.run(ask_all(extractor.prompter, rows, dtype)):
-        row = outcome.row if isinstance(outcome, script.Failure) else outcome.prompt.row
+    pictures = read_all(extractor.prompter, rows or make_rows(), dtype)
+    for outcome in itertools.chain.from_iterable(extractor.run(pictures)):
+        row = outcome.row if isinstance(outcome, script.Failure) else outcome.question.row
         assert row.question_id not in found
         found[row.question_id] = outcome
     return found
+
+
+def relative_error(found, expected):
+    return float(np.linalg.norm(found - np.asarray(expected)) / np.linalg.norm(expected))
 
 
 def worst_error(found, references):
@@ -105,494 +128,376 @@ def worst_error(found, references):
     errors = []
     for question_id, sample in found.items():
         expected = references[question_id]["vectors"]
-        assert sample.states.keys() == expected.keys()
-        for name, vector in sample.states.items():
-            errors.append(script.relative_error(vector, expected[name]))
+        assert sample.vectors.keys() == expected.keys()
+        errors += [relative_error(vector, expected[n]) for n, vector in sample.vectors.items()]
     return max(errors)
 
 
-def differences(found, references):
-    """The question_ids whose answers are not the plain ones."""
-    return [
-        question_id
-        for question_id, sample in found.items()
-        if (sample.answer, sample.is_truncated)
-        != (references[question_id]["answer"], references[question_id]["truncated"])
-    ]
+def assert_as_references(found, references):
+    assert worst_error(found, references) < 1e-4
+    for question_id, sample in found.items():
+        expected = references[question_id]
+        assert sample.question.input_ids == expected["input_ids"]
+        assert sample.answer_ids == expected["answer"]
+        assert sample.is_truncated == expected["truncated"]
+        assert sample.logprobs == pytest.approx(expected["logprobs"], abs=1e-4)
+        assert sample.first_token_entropy == pytest.approx(expected["entropy"], abs=1e-4)
 
 
 # ──────────────────────────────────── against transformers alone ──────────────────────────────────
 
 
-@pytest.mark.parametrize("max_pass_tokens", [0, 8192], ids=["one by one", "joined"])
+@pytest.mark.parametrize("max_pass_images", [1, 8])
 @pytest.mark.parametrize("batch_size", [1, 5, 16, 64])
-def test_all_equals_plain_passes(model, prompter, references, batch_size, max_pass_tokens):
-    extractor = make_extractor(model, prompter, batch_size)
-    extractor.max_pass_tokens = max_pass_tokens
+def test_all_equals_plain_passes(ours, prompter, references, batch_size, max_pass_images):
+    extractor = make_extractor(ours, prompter, batch_size)
+    extractor.max_pass_images = max_pass_images
     found = run_all(extractor)
     assert found.keys() == references.keys()
-    assert worst_error(found, references) < 1e-4
-    assert differences(found, references) == []
-    for question_id, sample in found.items():
-        expected = references[question_id]
-        assert sample.prompt.input_ids == expected["input_ids"]
-        assert sample.logprobs == pytest.approx(expected["logprobs"], abs=1e-4)
-        assert sample.first_token_entropy == pytest.approx(expected["entropy"], abs=1e-4)
-    assert extractor._banks == {}  # everybody has left
+    assert_as_references(found, references)
 
 
-def test_the_data_are_of_all_kinds(references):
+def test_the_data_are_of_all_kinds(references, processor):
     lengths = {len(r["answer"]) for r in references.values()}
     assert len(lengths) > 5  # or the tests of decoding show little
     assert {r["truncated"] for r in references.values()} == {True, False}
     assert max(len(r["input_ids"]) for r in references.values()) > 1500
+    bos = processor.tokenizer.bos_token_id
+    assert {r["input_ids"].count(bos) for r in references.values()} == {1}
 
 
-def test_tokens_are_the_processors_own(prompter, references, processor):
-    for row in make_rows():
-        input_ids = references[row.question_id]["input_ids"]
-        assert prompter.tokenize(row.question) == input_ids
-        assert input_ids.count(processor.tokenizer.bos_token_id) == 1
-
-
-def test_without_answers_the_head_is_not_run(model, prompter, references):
-    extractor = make_extractor(model, prompter, max_new_tokens=0)
-    head = model.lm_head
-    model.lm_head = None
-    try:
-        found = run_all(extractor)
-    finally:
-        model.lm_head = head
+def test_without_answers_the_head_is_not_run(ours, prompter, references, monkeypatch):
+    monkeypatch.setattr(ours.lm_head, "forward", lambda *_: pytest.fail("the head was run"))
+    found = run_all(make_extractor(ours, prompter, max_new_tokens=0))
     assert worst_error(found, references) < 1e-4
-    assert {(len(s.answer), s.is_truncated, len(s.logprobs)) for s in found.values()} == {
-        (0, False, 0)
-    }
+    assert {(*s.answer_ids, s.is_truncated, *s.logprobs) for s in found.values()} == {(False,)}
 
 
-def test_bfloat16_stays_within_rounding_of_float32(prompter, references):
+def test_bfloat16_stays_within_rounding_of_float32(references):
     """bfloat16 keeps 8 bits: 2**-8 an operation, which eight layers of the tiny model add up."""
-    model = AutoModelForImageTextToText.from_pretrained(
-        MODEL, dtype=torch.bfloat16, attn_implementation="sdpa"
-    ).eval()
-    assert 2**-9 < worst_error(run_all(make_extractor(model, prompter, 5, 0)), references) < 0.1
+    found = run_all(make_extractor(*load(MODEL, "bfloat16"), 5, 0))
+    assert 2**-9 < worst_error(found, references) < 0.1
 
 
-def test_a_model_spread_by_accelerate_gives_the_same(prompter, references, tmp_path):
-    whole = ("vision_tower", "multi_modal_projector", "language_model.embed_tokens")
-    whole = (*whole, "language_model.rotary_emb", "language_model.norm")
-    device_map = {"lm_head": "cpu"} | {f"model.{name}": "cpu" for name in whole}
-    layers = {f"model.language_model.layers.{i}": "disk" if i > 3 else "cpu" for i in range(8)}
-    model = AutoModelForImageTextToText.from_pretrained(
-        MODEL,
-        dtype=torch.float32,
-        attn_implementation="sdpa",
-        device_map=device_map | layers,
-        offload_folder=tmp_path,
-    ).eval()
-    found = run_all(make_extractor(model, prompter, max_new_tokens=6))
-    assert worst_error(found, references) < 1e-4
-    for question_id, sample in found.items():
-        assert sample.answer == references[question_id]["answer"][:6]
+OFFLOADED = {
+    "layers": ["model.language_model.layers.1", "model.language_model.layers.7"],
+    "embedding and head": ["model.language_model.embed_tokens", "lm_head"],
+    "tower": ["model.vision_tower.encoder", "model.multi_modal_projector"],
+}
 
 
-def test_the_decoders_pieces_are_transformers_own(model):
-    """Norm and rotary tables, against the modules that they replace."""
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_what_is_offloaded_changes_nothing(prompter, references, tmp_path, monkeypatch, name):
+    """As on a card that is too small: accelerate brings weights when they are needed."""
+    # The released models' towers have no head; accelerate cannot offload the tiny one's.
+    modules = [f"vision_tower.{one}" for one in ("embeddings", "encoder", "post_layernorm", "head")]
+    modules += ["multi_modal_projector", "language_model.embed_tokens"]
+    modules += ["language_model.rotary_emb", "language_model.norm"]
+    modules += [f"language_model.layers.{i}" for i in range(8)]
+    places = {f"model.{module}": "cpu" for module in modules} | {"lm_head": "cpu"}
+    places |= dict.fromkeys(OFFLOADED[name], "disk")
+    placed = {"device_map": places, "offload_folder": tmp_path}
+    monkeypatch.setattr(script, "place_weights", lambda *_: placed)
+    model, _ = load(MODEL)
+    assert any(weight.is_meta for weight in model.parameters())
+    rows = make_rows()[::3]
+    assert_as_references(run_all(make_extractor(model, prompter, 5), rows), references)
+
+
+def test_the_short_norm_is_gemmas():
     torch.manual_seed(0)
-    decoder, language_model = script.Decoder(model), model.model.language_model
-    layer = language_model.layers[3]
-    hidden = 100 * torch.randn(5, 32)
-    for norm in (layer.input_layernorm, layer.post_feedforward_layernorm, language_model.norm):
-        torch.testing.assert_close(decoder._norm(hidden, norm), norm(hidden))
-    states, pos = torch.randn(1, 4, 5, 16), torch.tensor([[3, 700, 0, 40, 9]])
-    cos, sin = language_model.rotary_emb(states, pos, "full_attention")
-    expected, _ = modeling_gemma3.apply_rotary_pos_emb(states, states, cos, sin)
-    tables = script.signed_rotary(cos, sin)
-    found = script.rotate(states[0].transpose(0, 1), tables)
-    torch.testing.assert_close(found.transpose(0, 1)[None], expected)
+    norm = Gemma3RMSNorm(64)
+    torch.nn.init.normal_(norm.weight)
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
+        hidden = (1000 * torch.randn(3, 5, 64)).to(dtype)
+        found, expected = script.short_norm(norm, hidden), PLAIN_NORM(norm, hidden)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, expected, rtol=bound, atol=0)
 
 
 # ─────────────────────────────────── mistakes that people make here ───────────────────────────────
 
 
-def change_tokens(monkeypatch, change):
-    """Every token of a step becomes `change(token, seat)`."""
-    add = script.Step.add
-
-    def broken(self, seat, *args):
-        start = len(self.tokens)
-        slots = add(self, seat, *args)
-        self.tokens[start:] = [change(token, seat) for token in self.tokens[start:]]
-        return slots
-
-    monkeypatch.setattr(script.Step, "add", broken)
-
-
-def change_spans(monkeypatch, change):
-    add = script.Spans.add
-    monkeypatch.setattr(script.Spans, "add", lambda self, *span: add(self, *change(*span)))
-
-
 def change_masks(monkeypatch, change):
-    masks = script.attention_masks
-    monkeypatch.setattr(script, "attention_masks", lambda *args: masks(*change(*args)))
+    masks = script.causal_masks
+    monkeypatch.setattr(script, "causal_masks", lambda *args: masks(*change(*args)))
 
 
-def break_soft_pos(monkeypatch, prompter):
-    change_spans(monkeypatch, lambda a, b, kept: (a, b, kept - (kept < b - 1)))
+def change_capture(monkeypatch, change):
+    capture = script.capture
+
+    def changed(model, layers, kept_pos, lengths):
+        return capture(model, layers, *change(kept_pos, lengths))
+
+    monkeypatch.setattr(script, "capture", changed)
 
 
-def break_query_pos(monkeypatch, prompter):
-    change_spans(monkeypatch, lambda a, b, kept: (a, b, kept - (kept == b - 1)))
+def break_position(monkeypatch):
+    """A lane sees a slot beyond its position."""
+    change_masks(monkeypatch, lambda pos, *rest: (pos + 1, *rest))
 
 
-def break_mean_without_bos(monkeypatch, prompter):
-    change_spans(monkeypatch, lambda a, b, kept: (a + (kept < b - 1), b, kept))
+def break_window(monkeypatch):
+    change_masks(monkeypatch, lambda pos, slots, window, dtype: (pos, slots, window + 1, dtype))
 
 
-def break_bos(monkeypatch, prompter):
-    render = prompter.render
-    monkeypatch.setattr(prompter, "render", lambda question: "<bos>" + render(question))
-    monkeypatch.setattr(prompter, "_plain_special", [2, *prompter._plain_special])
-    monkeypatch.setattr(prompter, "soft_start", prompter.soft_start + 1)
-    monkeypatch.setattr(prompter, "soft_stop", prompter.soft_stop + 1)
+def break_padding(monkeypatch):
+    """A question's padding counts in its mean."""
+    change_capture(monkeypatch, lambda kept, n: (kept, n.max().expand_as(n)))
 
 
-def break_image_mask(monkeypatch, prompter):
-    no_soft = torch.tensor([1, 1, 0, 1])
-    change_masks(monkeypatch, lambda query, key, window: (query * no_soft, key, window))
+def break_kept_token(monkeypatch):
+    change_capture(monkeypatch, lambda kept, n: (kept - 1, n))
 
 
-def break_window(monkeypatch, prompter):
-    change_masks(monkeypatch, lambda query, key, window: (query, key, window + 1))
+def break_mean_without_bos(monkeypatch):
+    change_capture(monkeypatch, lambda kept, n: (kept, n - 1))
 
 
-def break_last_layer(monkeypatch, prompter):
-    run = script.Decoder.run
-
-    def broken(self, step, hidden, observe):
-        def normed(i, h):
-            observe(i, self.final_norm(h) if i == LAYERS[-1] else h)
-
-        return run(self, step, hidden, normed)
-
-    monkeypatch.setattr(script.Decoder, "run", broken)
+def break_move(monkeypatch):
+    """A lane moves without its keys and values."""
+    monkeypatch.setattr(script.Lanes, "move", lambda *_: None)
 
 
-def break_positions(monkeypatch, prompter):
-    """They count from the row instead of the prompt."""
-    change_tokens(monkeypatch, lambda token, seat: token._replace(pos=token.slot))
-
-
-def break_owner(monkeypatch, prompter):
-    """A question sees its neighbours' tokens in its row."""
-    change_tokens(monkeypatch, lambda token, seat: token._replace(owner=seat.owner))
-
-
-def break_slots(monkeypatch, prompter):
-    """A slot is used again while its owner lives."""
-    take = script.Numbers.take
+def break_move_of_tokens(monkeypatch):
+    """A lane moves without its token: another's stands where it was."""
+    close_gaps = script.Extractor._close_gaps
 
     def broken(self):
-        slot = take(self)
-        if slot > 270:
-            self.give(slot)
-        return slot
+        close_gaps(self)
+        self._live.reverse()
 
-    monkeypatch.setattr(script.Numbers, "take", broken)
+    monkeypatch.setattr(script.Extractor, "_close_gaps", broken)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 16, 128, 129, 300])
-@pytest.mark.parametrize("shape", [(1024, 640), (640, 1024), (700, 900), (40, 60)])
-def test_a_product_is_a_linear_layers(num_tokens, shape):
-    """The way that a CPU takes for large weights, against float64."""
-    torch.manual_seed(0)
-    linear = torch.nn.Linear(shape[1], shape[0], bias=False)
-    hidden = torch.randn(num_tokens, shape[1])
-    with torch.inference_mode():
-        product = script.multiply(linear, hidden)
-        expected = torch.nn.functional.linear(hidden.double(), linear.weight.double())
-    assert product.shape == expected.shape
-    assert product.is_contiguous()
-    assert script.relative_error(product.double(), expected) < 1e-6
+def break_dead_lane(monkeypatch):
+    """Of a lane that is dead the token is stored all the same."""
+    finish = script.Extractor._finish
+
+    def broken(self, lane, is_truncated):
+        live = self._live[lane]
+        sample = finish(self, lane, is_truncated)
+        if len(live.answer_ids) < 20:
+            self._live[lane] = live
+        return sample
+
+    monkeypatch.setattr(script.Extractor, "_finish", broken)
 
 
-def test_numbers_are_given_out_lowest_first():
-    numbers, taken, draw = script.Numbers(), set(), random.Random(0)
-    for _ in range(2000):
-        if taken and draw.random() < 0.5:
-            number = draw.choice(sorted(taken))
-            taken.remove(number)
-            numbers.give(number)
-        else:
-            free = set(range(len(taken) + 1)) - taken
-            assert numbers.take() == min(free)
-            taken.add(min(free))
-        assert numbers.count == max(taken, default=-1) + 1
+def break_seat(monkeypatch):
+    """An image's cache is copied from its neighbour's row."""
+    seat = script.Lanes.seat
+
+    def broken(self, start, cache, images):
+        seat(self, start, cache, [max(0, image - 1) for image in images])
+
+    monkeypatch.setattr(script.Lanes, "seat", broken)
 
 
-@pytest.mark.parametrize(
-    "break_it",
-    [
-        *(break_soft_pos, break_query_pos, break_mean_without_bos, break_bos, break_image_mask),
-        *(break_window, break_last_layer, break_positions, break_owner, break_slots),
-    ],
-)
-def test_the_comparison_notices(break_it, model, processor, references, monkeypatch):
-    """Each mistake is far outside the bound of the tests above."""
-    prompter = script.Prompter(processor, model.config)
-    break_it(monkeypatch, prompter)
-    found = run_all(make_extractor(model, prompter, max_new_tokens=0), make_rows()[:-1])
-    assert worst_error(found, references) > 1e-3
-
-
-@pytest.mark.parametrize("break_it", [break_slots, break_owner, break_positions])
-def test_the_comparison_notices_it_in_answers(break_it, model, prompter, references, monkeypatch):
-    """The mistake is made in decoding alone, from the second token of an answer on."""
+def break_decoding_hooks(monkeypatch):
+    """The hooks keep what a decoding step shows them."""
     decode = script.Extractor._decode
 
     def broken(self):
-        with pytest.MonkeyPatch.context() as patch:
-            break_it(patch, prompter)
-            decode(self)
+        lives, zeros = list(self._live), torch.zeros(len(self._live), dtype=torch.long)
+        with script.capture(self.model, self.layers, zeros, zeros + 1) as captured:
+            outcomes = decode(self)
+        for live, query_token in zip(lives, script.to_numpy(captured.kept), strict=True):
+            if live:
+                live.query_token = query_token
+        return outcomes
 
     monkeypatch.setattr(script.Extractor, "_decode", broken)
-    found = run_all(make_extractor(model, prompter), make_rows()[:-1])
-    logprobs = {q: references[q]["logprobs"] for q in found}
-    assert any(sample.logprobs != pytest.approx(logprobs[q], 1e-3) for q, sample in found.items())
 
 
-def test_the_comparison_notices_an_answer_that_goes_on(model, prompter, references, monkeypatch):
-    has_ended = script.Extractor.has_ended
-    monkeypatch.setattr(
-        script.Extractor,
-        "has_ended",
-        lambda self, live: has_ended(self, live) and len(live.answer) > 1,
-    )
-    assert differences(run_all(make_extractor(model, prompter)), references)
+def break_image_mask(monkeypatch):
+    forward = script.nn.Module.__call__
+
+    def broken(self, *args, **kwargs):
+        kwargs.pop("token_type_ids", None)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(script.nn.Module, "__call__", broken)
 
 
-def test_a_sample_in_another_part_is_noticed(run_here, monkeypatch, tmp_path):
-    expect = script.Recorder.expect
-    monkeypatch.setattr(
-        script.Recorder,
-        "expect",
-        lambda self, number, rows: expect(self, 3 - number, rows),
-    )
-    assert run_here("--checkpoint-interval", "14")[0] == 0
-    plan = script.plan_parts(make_rows()[:-1], 14)
-    planned = {row.question_id: number for number, rows in plan.items() for row in rows}
-    found = {q: int(sample["part"][-6:-3]) for q, sample in read_samples(tmp_path / "out").items()}
-    assert found != planned
-    assert found == {question_id: 3 - number for question_id, number in planned.items()}
+def break_last_layer(monkeypatch):
+    """The last layer's output with the final norm, as `hidden_states` has it."""
+    to_numpy = script.to_numpy
+
+    def broken(vectors):
+        found = to_numpy(vectors)
+        found[:, -1] /= np.sqrt((found[:, -1] ** 2).mean(-1, keepdims=True))
+        return found
+
+    monkeypatch.setattr(script, "to_numpy", broken)
 
 
-# ────────────────────────────────────── what goes wrong alone ─────────────────────────────────────
+MISTAKES = [
+    *(break_position, break_window, break_padding, break_kept_token, break_mean_without_bos),
+    *(break_move, break_move_of_tokens, break_dead_lane, break_seat, break_decoding_hooks),
+    *(break_image_mask, break_last_layer),
+]
 
 
-def rare_word(references):
-    """A token of one question alone, about an image that has others, which no answer holds."""
-    uses = Counter(token for r in references.values() for token in set(r["input_ids"]))
-    answered = {token for reference in references.values() for token in reference["answer"]}
-    return min(token for token, count in uses.items() if count == 1 and token not in answered)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_caught(ours, prompter, references, monkeypatch, mistake):
+    mistake(monkeypatch)
+    extractor = make_extractor(ours, prompter, 5)
+    extractor.max_pass_images = 8
+    with pytest.raises((AssertionError, IndexError)):
+        assert_as_references(run_all(extractor, make_rows()[:-1]), references)
 
 
-def spoil_word(monkeypatch, model, word, value):
-    embed = model.model.language_model.embed_tokens
-    original = embed.forward
+def leave_nan(monkeypatch):
+    """What the last owner left behind the prefix stays."""
+    seat = script.Lanes.seat
 
-    def spoilt(input_ids):
-        embeds = original(input_ids)
-        embeds[input_ids == word] = value
-        return embeds
+    def broken(self, start, cache, images):
+        before = [lanes.clone() for lanes in (*self.keys, *self.values)]
+        seat(self, start, cache, images)
+        for lanes, old in zip((*self.keys, *self.values), before, strict=True):
+            width = cache.layers[0].keys.shape[2]
+            lanes[start:, :, width:] = old[start:, :, width:]
 
-    monkeypatch.setattr(embed, "forward", spoilt)
-
-
-@pytest.mark.parametrize("max_new_tokens", [0, MAX_NEW_TOKENS])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_question_gone_wrong_spoils_no_other(
-    model, prompter, references, monkeypatch, value, max_new_tokens
-):
-    """Neither those about the same image, which stand in its row, nor who comes after."""
-    word = rare_word(references)
-    spoil_word(monkeypatch, model, word, value)
-    found = run_all(make_extractor(model, prompter, 5, max_new_tokens))
-    wrong = {q for q, reference in references.items() if word in reference["input_ids"]}
-    assert_only_these_are_wrong(found, references, wrong, has_answers=max_new_tokens > 0)
+    monkeypatch.setattr(script.Lanes, "seat", broken)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_an_image_gone_wrong_spoils_no_other(model, prompter, references, monkeypatch, value):
-    original = script.Prompter.pixels
+@pytest.mark.parametrize("mistake", [None, leave_nan])
+def test_nan_stays_in_its_own_lane(ours, prompter, references, monkeypatch, mistake):
+    """Of the second image all is NaN: its questions fail, those that take their lanes do not."""
+    if mistake:
+        mistake(monkeypatch)
+    pixels, calls = script.Prompter.pixels, itertools.count()
 
-    def spoil(self, image):
-        return original(self, image) * (value if image.size == (640, 120) else 1)
+    def broken(*args):
+        return pixels(*args) * (math.nan if next(calls) == 1 else 1)
 
-    monkeypatch.setattr(script.Prompter, "pixels", spoil)
-    found = run_all(make_extractor(model, prompter, 5))
-    wrong = {row.question_id for row in make_rows() if row.image_id == "wide.jpg"}
-    assert_only_these_are_wrong(found, references, wrong)
-
-
-def test_an_answer_gone_wrong_spoils_no_other(model, prompter, references, monkeypatch):
-    """A token that some answers hold gives NaN as they go on from it."""
-    answers = {q: reference["answer"][:-1] for q, reference in references.items()}
-    asked = {token for reference in references.values() for token in reference["input_ids"]}
-    uses = Counter(t for answer in answers.values() for t in set(answer) if t not in asked)
-    word = min(uses, key=uses.get)
-    spoil_word(monkeypatch, model, word, torch.nan)
-    found = run_all(make_extractor(model, prompter))
-    wrong = {q for q, answer in answers.items() if word in answer}
-    assert 0 < len(wrong) < len(found) / 2
-    assert_only_these_are_wrong(found, references, wrong)
-
-
-def assert_only_these_are_wrong(found, references, wrong, has_answers=True):
-    assert {q for q, outcome in found.items() if isinstance(outcome, script.Failure)} == wrong
-    assert all("not finite" in found[question_id].error for question_id in wrong)
-    good = {question_id: found[question_id] for question_id in found.keys() - wrong}
-    assert worst_error(good, references) < 1e-4
-    if has_answers:
-        assert differences(good, references) == []
-
-
-def test_what_is_not_cleaned_does_spoil_others(model, prompter, references, monkeypatch):
-    """The mistake that the tests above are for: NaN stays in a row that others look at."""
-    monkeypatch.setattr(script, "all_finite", lambda values: True)
-    word = rare_word(references)
-    spoil_word(monkeypatch, model, word, torch.nan)
-    found = run_all(make_extractor(model, prompter, 5))
-    wrong = {q for q, reference in references.items() if word in reference["input_ids"]}
-    assert {q for q, outcome in found.items() if isinstance(outcome, script.Failure)} > wrong
-
-
-def test_a_model_gone_wrong_stops_the_run(model, prompter, monkeypatch):
-    """The states of 25 different images in a row are not finite."""
-    original = script.Prompter.pixels
-    monkeypatch.setattr(script.Prompter, "pixels", lambda *args: original(*args) * torch.nan)
-    extractor = make_extractor(model, prompter, max_new_tokens=0)
-    rows = [script.Row(i, str(i), f"{'./' * i}circle.png", "what?", "") for i in range(30)]
-    outcomes = []
-    with pytest.raises(script.ExtractionError, match="25 different images"):
-        outcomes.extend(extractor.run(ask_all(prompter, rows)))
-    assert extractor._live == []
+    monkeypatch.setattr(script.Prompter, "pixels", broken)
+    options = make_options(CSV, IMAGES, dtype="float32", device="cpu", num_workers=1)
+    rows = [row for row in make_rows() if "long" not in row.question_id]
+    pictures = script.read_ahead(options, prompter, [rows], fail=pytest.fail)
+    outcomes = list(itertools.chain.from_iterable(make_extractor(ours, prompter, 3).run(pictures)))
+    failures = [one for one in outcomes if isinstance(one, script.Failure)]
+    sound = {one.question.row.question_id: one for one in outcomes if one not in failures}
+    if mistake:
+        assert {failure.row.image_id for failure in failures} > {"wide.jpg"}
+    else:
+        assert {failure.row.image_id for failure in failures} == {"wide.jpg"}
+        assert {failure.error for failure in failures} == {"its states are not finite"}
+        assert_as_references(sound, references)
 
 
 # ───────────────────────────────────────── how it is worked ───────────────────────────────────────
 
 
-class Watch:
-    """What the passes run."""
+def end_after(monkeypatch, lengths):
+    """Answers end after so many tokens, by question_id."""
 
-    def __init__(self, monkeypatch, model):
-        self.passes = []  # tokens, slots and live questions of each
-        self.num_images = 0
-        run, tower = script.Decoder.run, model.model.vision_tower.forward
+    def has_ended(self, live):
+        return len(live.answer_ids) == lengths[live.question.row.question_id]
 
-        def watched(decoder, step, *args):
-            self.passes.append(len(step.tokens))
-            return run(decoder, step, *args)
-
-        def towered(pixel_values, **kwargs):
-            self.num_images += len(pixel_values)
-            return tower(pixel_values=pixel_values, **kwargs)
-
-        monkeypatch.setattr(script.Decoder, "run", watched)
-        monkeypatch.setattr(model.model.vision_tower, "forward", towered)
+    monkeypatch.setattr(script.Extractor, "has_ended", has_ended)
 
 
-def test_each_image_and_each_token_is_run_once(model, prompter, monkeypatch):
-    """500 questions about one image, 16 side by side: its shared tokens are run once."""
-    watch = Watch(monkeypatch, model)
-    words = ["red", "green", "blue", "white", "black"]
+def count_tokens(monkeypatch, model):
+    """The shapes of what the tower and the decoder run."""
+    shapes = {"tower": [], "decoder": []}
+
+    def watch(module, name):
+        forward = module.forward
+
+        def watched(*args, **kwargs):
+            given = kwargs.get("pixel_values", kwargs.get("input_ids"))
+            given = kwargs["inputs_embeds"] if given is None else given
+            shapes[name].append(tuple(given.shape[:2]))
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(module, "forward", watched)
+
+    watch(model.model.vision_tower, "tower")
+    watch(model.model.language_model, "decoder")
+    return shapes
+
+
+def test_each_image_and_each_token_is_run_once(ours, prompter, monkeypatch):
+    """500 questions of equal length about one image, 16 side by side."""
+    shapes = count_tokens(monkeypatch, ours)
+    words = ["red", "green", "blue", "brown", "black"]
     questions = [f"what is {' '.join(q)}?" for q in itertools.product(words, repeat=4)][:500]
-    rows = [script.Row(i, str(i), "circle.png", q, "") for i, q in enumerate(questions)]
-    assert len(run_all(make_extractor(model, prompter, max_new_tokens=0), rows)) == 500
-    lengths = [len(prompter.tokenize(question)) for question in questions]
-    num_shared = script.count_shared([prompter.tokenize(question) for question in questions])
-    assert num_shared > 262
-    assert watch.num_images == 1
-    assert sum(watch.passes) == num_shared + sum(lengths) - 500 * num_shared
-    assert len(watch.passes) == 32
+    rows = [script.Row(str(i), "circle.png", q, "") for i, q in enumerate(questions)]
+    assert len(run_all(make_extractor(ours, prompter, max_new_tokens=0), rows)) == 500
+    (own,) = {len(prompter.tokenize(q)) - len(prompter.prefix) for q in questions}
+    assert shapes["tower"] == [(1, 3)]
+    assert shapes["decoder"] == [(1, 262), *[(16, own)] * 31, (4, own)]
 
 
 @pytest.mark.parametrize("num_questions", [1, 3, 50])
-def test_the_batch_stays_nearly_full(model, prompter, monkeypatch, num_questions):
+def test_the_batch_stays_nearly_full(ours, prompter, monkeypatch, num_questions):
     """At least three quarters, until the rows run out, however many questions an image has."""
-    num_rows, num_live, seen, decode = 60, 8, [], script.Extractor._decode
-
-    def watched(self):
-        begun.extend(len(seen) for live in self._live if not live.answer)
-        seen.append(len(self._live))
-        decode(self)
-
-    begun = []  # the decoding step at which each question came
-    monkeypatch.setattr(script.Extractor, "_decode", watched)
     draw = random.Random(0)
-    lengths = [draw.choice([1, 2, 3, 4, 20]) for _ in range(num_rows)]
-    monkeypatch.setattr(
-        script.Extractor,
-        "has_ended",
-        lambda self, live: len(live.answer) == lengths[live.prompt.row.index],
-    )
+    lengths = {str(i): draw.choice([1, 2, 3, 4, 20]) for i in range(60)}
+    end_after(monkeypatch, lengths)
     rows = [
-        script.Row(i, str(i), f"{'./' * (i // num_questions)}circle.png", f"is it {i}?", "")
-        for i in range(num_rows)
+        script.Row(str(i), f"{'./' * (i // num_questions)}circle.png", f"is it {i}?", "")
+        for i in range(60)
     ]
-    found = run_all(make_extractor(model, prompter, num_live), rows)
-    assert [len(found[str(i)].logprobs) for i in range(num_rows)] == lengths
-    num_begun = itertools.accumulate(Counter(begun)[step] for step in range(len(seen)))
-    full = [count for count, n in zip(seen, num_begun) if n < num_rows]
+    seen, num_entered = [], 0
+    prefill, decode = script.Extractor._prefill, script.Extractor._decode
+
+    def watched_prefill(self, start, stop):
+        nonlocal num_entered
+        num_entered += stop - start
+        return prefill(self, start, stop)
+
+    def watched_decode(self):
+        seen.append((sum(live is not None for live in self._live), num_entered))
+        return decode(self)
+
+    monkeypatch.setattr(script.Extractor, "_prefill", watched_prefill)
+    monkeypatch.setattr(script.Extractor, "_decode", watched_decode)
+    found = run_all(make_extractor(ours, prompter, 8), rows)
+    assert {name: len(sample.logprobs) for name, sample in found.items()} == lengths
+    full = [count for count, entered in seen if entered < 60]
     assert len(full) > 5
-    assert min(full) >= 0.75 * num_live
-    assert sum(seen) == sum(lengths)
+    assert min(full) >= 0.75 * 8
+    assert sum(count for count, _ in seen) == sum(lengths.values()) - 60  # the first is prefill's
 
 
-def test_a_long_prompt_widens_nobody_elses_row(model, prompter, monkeypatch):
-    widths, attend = set(), script.Block.attend
+def test_a_long_prompt_narrows_the_batch_while_it_lives(ours, prompter, monkeypatch, references):
+    """All lanes together are never larger than the batch in its usual width, or one lane."""
+    shapes, resize = [], script.Lanes.resize
 
-    def watched(self, *args):
-        widths.add((self.num_slots, self.bank.width))
-        return attend(self, *args)
+    def watched(self, shape, *args):
+        shapes.append(shape)
+        return resize(self, shape, *args)
 
-    monkeypatch.setattr(script.Block, "attend", watched)
-    found = run_all(make_extractor(model, prompter, 64, 4))
-    longest = max(len(sample.prompt.input_ids) for sample in found.values())
-    assert max(num_slots for num_slots, _ in widths) >= longest
-    others = [num_slots for num_slots, width in widths if width < longest]
-    assert max(others) < longest / 2
-
-
-def test_rows_far_apart_are_copied_and_give_the_same(model, prompter, monkeypatch):
-    """Images that enter where others have left: their rows are not neighbours."""
-    lengths = [1 + 17 * (i % 5 == 0) + i % 3 for i in range(24)]
-    monkeypatch.setattr(
-        script.Extractor,
-        "has_ended",
-        lambda self, live: len(live.answer) == lengths[live.prompt.row.index],
-    )
-    rows = [script.Row(i, str(i), f"{'./' * i}circle.png", f"is it {i}?", "") for i in range(24)]
-    alone = run_all(make_extractor(model, prompter, 1), rows)
-    kinds, attend = Counter(), script.Block.attend
-
-    def watched(self, *args):
-        kinds[type(self.rows)] += 1
-        return attend(self, *args)
-
-    monkeypatch.setattr(script.Block, "attend", watched)
-    extractor = make_extractor(model, prompter, 12)
-    extractor.max_pass_tokens = 8192
-    found = run_all(extractor, rows)
-    assert kinds[torch.Tensor] > 0
-    assert kinds[slice] > 0
-    for question_id, sample in alone.items():
-        for name, vector in sample.states.items():
-            assert script.relative_error(found[question_id].states[name], vector) < 1e-4
-        assert found[question_id].answer == sample.answer
-        assert found[question_id].logprobs == pytest.approx(sample.logprobs, abs=1e-4)
+    monkeypatch.setattr(script.Lanes, "resize", watched)
+    rows = make_rows()
+    rows.insert(5, rows.pop())
+    found = run_all(make_extractor(ours, prompter, 8), rows)
+    usual = script.lane_width(prompter, 0, MAX_NEW_TOKENS)
+    longest = len(found["very long"].question.input_ids)
+    assert (8, usual) in (shapes[0], shapes[-1])
+    assert max(width for _, width in shapes) >= longest + MAX_NEW_TOKENS
+    assert all(num_lanes * width <= 8 * usual or num_lanes == 1 for num_lanes, width in shapes)
+    assert_as_references(found, references)
 
 
-def test_threads_change_nothing(model, prompter, monkeypatch):
+def test_long_and_short_questions_are_not_padded_to_each_other(prompter, ours):
+    extractor = make_extractor(ours, prompter, 64)
+    for lengths, expected in (
+        ([9, 10, 11], [(0, 3)]),
+        ([9, 9, 1500, 15], [(0, 2), (2, 4)]),
+        ([1500], [(0, 1)]),
+        ([3000] * 5, [(0, 2), (2, 4), (4, 5)]),
+    ):
+        ids = [[*prompter.prefix, *[0] * length] for length in lengths]
+        extractor._live = [script.Live(script.Question(None, one), None) for one in ids]
+        assert list(extractor._split_passes(0)) == expected
+        assert list(extractor._split_passes(len(lengths))) == []
+
+
+def test_threads_change_nothing(ours, prompter, monkeypatch):
     """What stands side by side must not depend on how fast images are prepared."""
     pixels, draw = script.Prompter.pixels, random.Random(1)
 
@@ -603,32 +508,44 @@ def test_threads_change_nothing(model, prompter, monkeypatch):
     runs = []
     for patched in (pixels, slow):
         monkeypatch.setattr(script.Prompter, "pixels", patched)
-        runs.append(run_all(make_extractor(model, prompter, 5), make_rows()[:-1]))
+        runs.append(run_all(make_extractor(ours, prompter, 5, 6), make_rows()[:-1]))
     first, second = runs
     assert list(first) == list(second)
     for question_id, sample in first.items():
-        for name, vector in sample.states.items():
-            assert torch.equal(vector, second[question_id].states[name])
+        for name, vector in sample.vectors.items():
+            assert np.array_equal(vector, second[question_id].vectors[name])
         assert sample.logprobs == second[question_id].logprobs
 
 
-def test_nothing_new_is_begun_once_it_is_to_stop(model, prompter):
-    extractor, found = make_extractor(model, prompter, 5), []
-    for outcome in extractor.run(ask_all(prompter), lambda: len(found) > 0):
-        found.append(outcome)
-        live = len(extractor._live)
-        assert live + len(found) <= 5
-    assert len(found) == 5
+# ─────────────────────────────────────────── the pieces ───────────────────────────────────────────
 
 
-# ───────────────────────────────────────────── the rest ───────────────────────────────────────────
+def test_hooks_are_gone_after_a_pass(ours):
+    def count():
+        return sum(len(module._forward_hooks) for module in ours.modules())
+
+    def fail_in_a_pass():
+        zeros = torch.zeros(1, dtype=torch.long)
+        with script.capture(ours, LAYERS, zeros, zeros):
+            assert count() == before + 1 + len(LAYERS)
+            raise ZeroDivisionError
+
+    before = count()
+    with pytest.raises(ZeroDivisionError):
+        fail_in_a_pass()
+    assert count() == before
 
 
-def test_a_model_that_is_another_is_an_error(prompter):
-    model = torch.nn.Module()
-    model.config = type("Config", (), {"text_config": modeling_gemma3.Gemma3TextConfig()})
-    with pytest.raises(script.ExtractionError, match=r"requirements\.txt"):
-        make_extractor(model, prompter)
+def test_masks_follow_the_definition():
+    pos, window = torch.tensor([[4, 5], [0, 1]]), 3
+    masks = script.causal_masks(pos, 8, window, torch.float32)
+    for row, column, slot in itertools.product(range(2), range(2), range(8)):
+        distance = int(pos[row, column]) - slot
+        for kind, is_seen in (
+            ("full_attention", distance >= 0),
+            ("sliding_attention", 0 <= distance < window),
+        ):
+            assert masks[kind][row, 0, column, slot] == (0 if is_seen else -math.inf)
 
 
 def test_soft_tokens_must_be_one_run():
