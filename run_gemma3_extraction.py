@@ -374,23 +374,19 @@ def hash_directory(directory: Path) -> str:
 def fetch_weights(options: Options, directory: Path) -> None:
     """Download the weights of a hub's model, unless they are all there.
 
-    Raises ExtractionError: they are neither there nor to be had.
+    Raises ExtractionError: they are not to be had.
     """
     from huggingface_hub import snapshot_download
 
-    index_path = directory / "model.safetensors.index.json"
-    with explain_load_errors(options.model):
-        if index_path.exists():
-            needed = set(json.loads(index_path.read_text())["weight_map"].values())
-        else:
-            needed = {"model.safetensors"}
-        if all((directory / name).exists() for name in needed):
-            return
-        if not Path(options.model).is_dir():
-            where = {"cache_dir": options.cache_dir, "revision": directory.name}
+    if Path(options.model).is_dir():
+        return
+    index_path, needed = directory / "model.safetensors.index.json", {"model.safetensors"}
+    if index_path.exists():
+        needed = set(json.loads(index_path.read_text())["weight_map"].values())
+    if not all((directory / name).exists() for name in needed):
+        where = {"cache_dir": options.cache_dir, "revision": directory.name}
+        with explain_load_errors(options.model):
             snapshot_download(options.model, allow_patterns=["*.safetensors"], **where)
-        if absent := sorted(name for name in needed if not (directory / name).exists()):
-            raise ValueError(f"its weights are not there, first {absent[0]}")
 
 
 def load_processor(options: Options, directory: Path):
@@ -1427,26 +1423,6 @@ class OutputLock:
         os.close(self._descriptor)
 
 
-def claim_parts(lock: OutputLock, missing: dict[int, list[Row]]) -> Iterator[tuple[int, list[Row]]]:
-    """Parts that no other process has, and the rows that are missing in them.
-
-    Those that others have are tried again at the end: what a process that died had is free again.
-    """
-    left, has_claimed = dict(missing), True
-    while has_claimed:
-        has_claimed = False
-        for number in list(left):
-            if not lock.claim(number):
-                continue
-            has_claimed = True
-            rows, path = left.pop(number), part_path(lock.output_dir, number)
-            if path.exists():  # with more than before, if others were here meanwhile
-                with open_part(path) as part:
-                    rows = [row for row in rows if group_name(row.question_id) not in part]
-            if rows:
-                yield number, rows
-
-
 # ─────────────────────────────────────────── the run ───────────────────────────────────────────
 class StopSignal:
     """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 (Slurm's early warning), unless they are ignored.
@@ -1495,20 +1471,14 @@ class Recorder:
     is written. What went wrong there comes out of a later call, as OSError or ExtractionError.
     """
 
-    def __init__(
-        self, lock: OutputLock, writer: PartWriter, planned: dict[int, list[Row]], total: int
-    ) -> None:
+    def __init__(self, lock: OutputLock, planned: dict[int, list[Row]]) -> None:
         self.num_extracted = self.num_failed = 0
+        self.writer: PartWriter | None = None  # set before the first outcome
         self._lock = lock
-        self._writer = writer
         self._planned = planned
         self._open: dict[str, OpenPart] = {}  # by the question_id of each row without an outcome
         self._thread = ThreadPoolExecutor(1)
         self._saving: Future = self._thread.submit(lambda: None)
-        interval = 0.5 if sys.stderr.isatty() else 30
-        self.bar = tqdm(
-            total=total, unit=" samples", smoothing=0, mininterval=interval, disable=RANK > 0
-        )
 
     def expect(self, number: int, rows: list[Row]) -> None:
         """Part `number` is this process's; these rows are missing in it."""
@@ -1528,8 +1498,6 @@ class Recorder:
         (part.failures if has_failed else part.samples).append(outcome)
         self.num_failed += has_failed
         self.num_extracted += not has_failed
-        self.bar.set_postfix(failed=self.num_failed, refresh=False)
-        self.bar.update()
         if not part.waiting:
             self._save(part)
         elif self._saving.done():
@@ -1547,14 +1515,13 @@ class Recorder:
         self._saving = self._thread.submit(self._write, part)
 
     def _write(self, part: OpenPart) -> None:
-        output_dir = self._lock.output_dir
-        path, is_whole = part_path(output_dir, part.number), not part.waiting
-        if part.samples or (is_whole and not path.exists()):
-            self._writer.write(path, self._planned[part.number], part.samples)
+        path = part_path(self._lock.output_dir, part.number)
+        if part.samples or not (part.waiting or path.exists()):
+            self.writer.write(path, self._planned[part.number], part.samples)
         settled = {sample.question.row.question_id for sample in part.samples}
         settled |= {failure.row.question_id for failure in part.failures}
         with self._lock.failures():
-            update_failures(output_dir, lambda q: q not in settled, part.failures)
+            update_failures(self._lock.output_dir, lambda q: q not in settled, part.failures)
 
 
 def describe_run(
@@ -1638,11 +1605,27 @@ def check_disk(output_dir: Path, needed: int, frees_parts: bool) -> None:
         )
 
 
-def expect_parts(parts: Iterator[tuple[int, list[Row]]], recorder: Recorder) -> Iterator[list[Row]]:
-    """The rows of parts, which the recorder is told to expect."""
-    for number, rows in parts:
-        recorder.expect(number, rows)
-        yield rows
+def claim_parts(
+    lock: OutputLock, missing: dict[int, list[Row]], recorder: Recorder
+) -> Iterator[list[Row]]:
+    """The missing rows of parts that no other process has, which the recorder is told to expect.
+
+    Those that others have are tried again at the end: what a process that died had is free again.
+    """
+    left, has_claimed = dict(missing), True
+    while has_claimed:
+        has_claimed = False
+        for number in list(left):
+            if not lock.claim(number):
+                continue
+            has_claimed = True
+            rows, path = left.pop(number), part_path(lock.output_dir, number)
+            if path.exists():  # with more than before, if others were here meanwhile
+                with open_part(path) as part:
+                    rows = [row for row in rows if group_name(row.question_id) not in part]
+            if rows:
+                recorder.expect(number, rows)
+                yield rows
 
 
 def until_all_fail(
@@ -1666,20 +1649,19 @@ def until_all_fail(
 def work_through(
     options: Options,
     extractor: Extractor,
-    parts: Iterator[tuple[int, list[Row]]],
+    parts: Iterator[list[Row]],
     recorder: Recorder,
     stop: StopSignal,
-) -> None:
-    """Extract the rows of all parts, or until it is to stop.
+) -> Iterator[int]:
+    """Extract the rows of all parts, or until it is to stop; after each pass, outcomes so far.
 
     Where the device's memory runs short, half the batch goes on with the rows that have no outcome
     yet; a question that does not fit alone fails, and batches are as large as before it again.
-
     Raises ExtractionError, OSError, RuntimeError: it could not go on.
     """
     last_good, is_done = extractor.batch_size, False
     while not is_done:
-        rows = itertools.chain([recorder.waiting()], expect_parts(parts, recorder))
+        rows = itertools.chain([recorder.waiting()], parts)
         pictures = read_ahead(options, extractor.prompter, rows, recorder.record)
         try:
             with contextlib.closing(pictures):
@@ -1687,20 +1669,30 @@ def work_through(
                     for outcome in outcomes:
                         recorder.record(outcome)
                         last_good = extractor.batch_size
+                    yield recorder.num_extracted + recorder.num_failed
                     if stop.status:
                         break
             is_done = True
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        if not is_done:
-            if extractor.batch_size == 1:
-                row = recorder.waiting()[0]
-                recorder.record(Failure(row, "the device's memory is too small for it"))
-                extractor.restart(last_good)
-            else:
-                extractor.restart(extractor.batch_size // 2)
-                log.warning("out of memory: batch size %d from here on", extractor.batch_size)
+        if not is_done and extractor.batch_size == 1:
+            error = "the device's memory is too small for it"
+            recorder.record(Failure(recorder.waiting()[0], error))
+            extractor.restart(last_good)
+        elif not is_done:
+            extractor.restart(extractor.batch_size // 2)
+            log.warning("out of memory: batch size %d from here on", extractor.batch_size)
+
+
+def show_progress(counts: Iterator[int], recorder: Recorder, total: int) -> None:
+    """Run through the passes with a bar."""
+    interval = 0.5 if sys.stderr.isatty() else 30
+    style = {"unit": " samples", "smoothing": 0, "mininterval": interval, "disable": RANK > 0}
+    with tqdm(total=total, **style) as bar:
+        for count in counts:
+            bar.set_postfix(failed=recorder.num_failed, refresh=False)
+            bar.update(count - bar.n)
 
 
 def load_extractor(
@@ -1750,17 +1742,18 @@ def extract(options: Options) -> int:
         if options.test:
             num_rows = min(num_rows, NUM_TEST_ROWS)
         log.info("%d rows in the plan, %d to do", num_rows, num_missing)
-        parts = claim_parts(lock, missing)
-        first = list(itertools.islice(parts, 1))  # if others have all, no model need be loaded
-        if not (first or options.test):
+        recorder = Recorder(lock, planned)
+        parts = claim_parts(lock, missing, recorder)
+        has_first = next(parts, None) is not None  # if others have all, no model need be loaded
+        if not (has_first or options.test):
             return summarise(num_rows, num_missing, 0, 0, 0.0)
         extractor = load_extractor(options, directory, config, prompter, settings)
-        writer = PartWriter(settings, prompter, options.compression)
-        recorder = Recorder(lock, writer, planned, num_missing)
+        recorder.writer = PartWriter(settings, prompter, options.compression)
         start = time.monotonic()
-        with StopSignal() as stop, logging_redirect_tqdm([log]), contextlib.closing(recorder.bar):
+        with StopSignal() as stop, logging_redirect_tqdm([log]):
             try:
-                work_through(options, extractor, itertools.chain(first, parts), recorder, stop)
+                counts = work_through(options, extractor, parts, recorder, stop)
+                show_progress(counts, recorder, num_missing)
             finally:
                 recorder.finish()
         seconds = time.monotonic() - start
@@ -1827,39 +1820,33 @@ def relative_error(value: np.ndarray | Tensor, reference: Tensor) -> float:
     return float((torch.as_tensor(value) - reference).norm() / reference.norm())
 
 
-def compare_with_plain(options: Options, extractor: Extractor, picture: Picture) -> tuple:
-    """Run the questions about an image, and compare the first with plain forward passes.
+def compare_with_plain(options: Options, extractor: Extractor, sample: Sample) -> tuple:
+    """Compare a sample with plain forward passes of its prompt.
 
     Returns whether they have the same tokens, the relative L2 effect of the image mask at the soft
     tokens, and the relative L2 error of every vector.
     """
-    first, prompter = picture.questions[0], extractor.prompter
-    for outcome in itertools.chain.from_iterable(extractor.run(iter([picture]))):
-        if isinstance(outcome, Failure):
-            where = f"question_id {outcome.row.question_id!r}"
-            raise ExtractionError(f"--test: {where} failed: {outcome.error}")
-        if outcome.question is first:
-            vectors = outcome.vectors
-    image, _ = open_image(options.images_dir, first.row.image_id)
-    input_ids, patches, hidden = plain_forward(extractor, image, first.row.question)
-    _, _, unmasked = plain_forward(extractor, image, first.row.question, has_mask=False)
+    row, prompter = sample.question.row, extractor.prompter
+    image, _ = open_image(options.images_dir, row.image_id)
+    input_ids, patches, hidden = plain_forward(extractor, image, row.question)
+    _, _, unmasked = plain_forward(extractor, image, row.question, has_mask=False)
     kept = hidden[extractor.layers]  # [layers, T, D]
     soft = slice(prompter.soft_start, prompter.soft_stop)
     expected = [patches, *kept[:, soft.stop - 1], *kept[:, -1], *kept.mean(dim=1)]
-    errors = list(map(relative_error, vectors.values(), expected))
+    errors = list(map(relative_error, sample.vectors.values(), expected))
     effect = relative_error(unmasked[-1, soft], hidden[-1, soft])
-    return input_ids == first.input_ids, effect, errors
+    return input_ids == sample.question.input_ids, effect, errors
 
 
-def print_checks(options: Options, extractor: Extractor, pictures: list[Picture]) -> bool:
+def print_checks(options: Options, extractor: Extractor, samples: list[Sample]) -> bool:
     """Print what comparisons show, and the errors of each layer; whether all is well."""
     prompter, layers = extractor.prompter, extractor.layers
-    compared = [compare_with_plain(options, extractor, picture) for picture in pictures]
+    compared = [compare_with_plain(options, extractor, sample) for sample in samples]
     same_tokens, effects, all_errors = zip(*compared, strict=True)
     errors, effect = torch.tensor(all_errors).amax(dim=0), min(effects)  # amax keeps a NaN
     worst, bound = float(errors.max()), TEST_BOUNDS[options.dtype]
-    positions = [len(picture.questions[0].input_ids) - 1 for picture in pictures]
-    last_soft, eps = prompter.soft_stop - 1, torch.finfo(getattr(torch, options.dtype)).eps
+    positions = [len(sample.question.input_ids) - 1 for sample in samples]
+    last_soft, eps = prompter.soft_stop - 1, torch.finfo(extractor.model.dtype).eps
     checks = {
         "the processor's own tokens, one <bos>": all(same_tokens),
         f"soft tokens {prompter.soft_start} to {last_soft}, vision token {last_soft}, query tokens "
@@ -1877,25 +1864,25 @@ def print_checks(options: Options, extractor: Extractor, pictures: list[Picture]
 
 def report_test(options: Options, settings: dict, extractor: Extractor, rows: list[Row]) -> bool:
     """Print what the first rows show and what the whole CSV would take; whether all is well."""
-    prompter, first, pictures = extractor.prompter, rows[:NUM_TEST_ROWS], []
-    for row in first:  # its image is asked all the questions, so that it goes the shared way
-        others = [dataclasses.replace(r, image_id=row.image_id) for r in first if r is not row]
-        picture, _ = read_picture(options, prompter, [row, *others])
-        if picture and picture.questions[0].row is row:
-            pictures.append(picture)
-    if not pictures:
+
+    def run(rows: list[Row]) -> list[Sample]:
+        pictures = read_ahead(options, extractor.prompter, [rows], lambda failure: None)
+        outcomes = itertools.chain.from_iterable(extractor.run(pictures))
+        return [outcome for outcome in outcomes if isinstance(outcome, Sample)]
+
+    samples = run(rows[:NUM_TEST_ROWS])
+    if not samples:
         print("none of the first rows can be extracted, so nothing was checked")
         return True
-    is_sound = print_checks(options, extractor, pictures)
+    is_sound = print_checks(options, extractor, samples)
     by_image = group_by_image(rows)
     some = by_image[:: max(1, len(rows) // extractor.batch_size)]  # about a batch, from everywhere
-    begin = time.monotonic()
-    passes = extractor.run(read_ahead(options, prompter, some, lambda failure: None))
-    outcomes = itertools.chain.from_iterable(passes)
-    lengths = [len(one.answer_ids) for one in outcomes if isinstance(one, Sample)]
-    seconds = (time.monotonic() - begin) / max(1, len(lengths)) / NUM_RANKS
+    start = time.monotonic()
+    lengths = [len(sample.answer_ids) for sample in run([row for about in some for row in about])]
+    seconds = (time.monotonic() - start) / max(1, len(lengths)) / NUM_RANKS
+    num_tokens = sum(lengths) / max(1, len(lengths))
     sample_size = bytes_per_sample(vector_shapes(extractor.model.config, extractor.layers))
-    free, num_tokens = shutil.disk_usage(options.output_dir).free / 1e9, np.mean(lengths or [0])
+    free = shutil.disk_usage(options.output_dir).free / 1e9
     print(
         f"torch {settings['torch_version']}, transformers {settings['transformers_version']}; "
         f"{options.dtype} on {settings.get('device_name', settings['device'])}\n"

@@ -422,8 +422,7 @@ def count_tokens(monkeypatch, model):
 def test_each_image_and_each_token_is_run_once(ours, prompter, monkeypatch):
     """500 questions of equal length about one image, 16 side by side."""
     shapes = count_tokens(monkeypatch, ours)
-    words = ["red", "green", "blue", "brown", "black"]
-    questions = [f"what is {' '.join(q)}?" for q in itertools.product(words, repeat=4)][:500]
+    questions = [f"is it {i:03d}?" for i in range(500)]
     rows = [script.Row(str(i), "circle.png", q, "") for i, q in enumerate(questions)]
     assert len(run_all(make_extractor(ours, prompter, max_new_tokens=0), rows)) == 500
     (own,) = {len(prompter.tokenize(q)) - len(prompter.prefix) for q in questions}
