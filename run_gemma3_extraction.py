@@ -26,8 +26,8 @@ tokens. An image runs through the vision tower and the prefix once; each questio
 lane of keys and values, with the image's copied into it, and leaves as its answer ends.
 
 The same command again goes on where the last one stopped, and helps where one is at work. Exit
-status: 0 every row is stored, 1 the run could not start or go on, 2 wrong usage, 3 some rows
-failed, 130 Ctrl-C, 143 SIGTERM.
+status: 0 every row is stored, 1 could not start or go on, 2 wrong usage, 3 some rows failed, 130
+Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -75,7 +75,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 SCHEMA_VERSION = 3
 PART_NAME = "gemma3_12b_embeddings_part_{:03d}.h5"
 FAILED_NAME = "failed_samples.csv"
-SETTINGS_NAME = "settings.json"
 OUR_FILES = re.compile(
     r"gemma3_12b_embeddings_part_\d+\.(h5|partial)|(failed_samples|settings)\.(csv|json|partial)"
 )
@@ -86,17 +85,16 @@ COLUMNS = {  # a field of `Row`, and what the CSV may call it
     "ground_truth": ("answer", "gt_answer"),
 }
 VISION = "vision_representation"
-VISION_TOKEN = "vision_token_representation"
-QUERY_TOKEN = "query_token_representation"
-MEAN = "multimodal_representation"
-LAYER_KINDS = (VISION_TOKEN, QUERY_TOKEN, MEAN)
+LAYER_KINDS = (
+    *("vision_token_representation", "query_token_representation"),
+    "multimodal_representation",
+)
 # What every stored vector depends on: no run goes on in a directory where these were others.
 IDENTITY = (
     *("schema_version", "model_revision", "dtype", "layers", "max_new_tokens", "prompt"),
     "checkpoint_interval",
 )
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of a directory, on some file systems
 RANK, NUM_RANKS = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 MAX_FAILED_IMAGES = 25  # the first that the model sees: then something is wrong with all of them
 SAMPLED_BYTES = 2**16  # at a time, of a local model's weights
@@ -208,26 +206,18 @@ def find_columns(header: list[str]) -> dict[str, str]:
     for name, accepted in COLUMNS.items():
         present = [column for column in header if column in accepted]
         if len(set(present)) > 1:
-            raise ValueError(
-                f"columns {' and '.join(present)} are both there, and it cannot be told which is "
-                "meant; remove or rename one"
-            )
+            both = " and ".join(present)
+            raise ValueError(f"columns {both} are both there: which is meant? Remove the other")
         if len(present) > 1:
             raise ValueError(f"column {present[0]} is there twice; remove one")
         if header and not present:
-            raise ValueError(f"column {' or '.join(accepted)} is not there; {advise(header)}")
+            advice = ""
+            if len(header) == 1 and re.search("[;\t]", header[0]):
+                advice = " | it looks separated by semicolons or tabs: save it with commas"
+            named = " or ".join(accepted)
+            raise ValueError(f"column {named} is not there; its columns: {header}{advice}")
         columns[name] = next(iter(present), "")
     return columns
-
-
-def advise(header: list[str]) -> str:
-    """What may be wrong with a header that lacks a column."""
-    if len(header) == 1 and re.search("[;\t]", header[0]):
-        return "it looks separated by semicolons or tabs: save it with commas"
-    known = set(itertools.chain.from_iterable(COLUMNS.values()))
-    near = [c for c in header if c not in known and c.strip().lower() in known]
-    renamed = "".join(f"; rename {c!r} to {c.strip().lower()!r}" for c in near)
-    return f"its columns: {header}{renamed}"
 
 
 def read_row(line: dict, columns: dict[str, str]) -> Row:
@@ -290,11 +280,10 @@ def open_image(images_dir: Path, image_id: str) -> tuple[Image.Image, str]:
                 raise ValueError(f"its mode is {image.mode}; convert it to 8 bits a channel")
             upright = ImageOps.exif_transpose(image).convert("RGB")
         return upright, hashlib.sha256(content).hexdigest()
-    except Image.UnidentifiedImageError as error:
-        begin = content[:12]
-        raise RowError(f"{path} is no image that Pillow knows; it begins with {begin!r}") from error
     except Exception as error:  # Pillow's decoders let anything through: struct.error, TypeError …
-        raise RowError(f"{path} cannot be read as an image: {error}") from error
+        is_none = isinstance(error, Image.UnidentifiedImageError)
+        reason = f"it begins with {content[:16]!r}" if is_none else str(error)
+        raise RowError(f"{path} cannot be read as an image: {reason}") from error
 
 
 def check_images(rows: list[Row], images_dir: Path) -> None:
@@ -326,13 +315,11 @@ def explain_load_errors(model: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:400] or type(error).__name__
-        if Path(model).is_dir():
-            advice = "the directory must hold the whole model, its weights as *.safetensors"
-        else:
+        advice = "the directory must hold the whole model, its weights as *.safetensors"
+        if not Path(model).is_dir():
             advice = (
                 f"if it is gated, accept its licence at https://huggingface.co/{model} and run "
-                "`hf auth login`; if it was downloaded before, name the place with --cache-dir, or "
-                "its directory with --model DIR"
+                "`hf auth login`; if it is here already, name the place: --cache-dir or --model DIR"
             )
         raise ExtractionError(f"cannot load {model}: {reason} | {advice}") from error
 
@@ -340,25 +327,19 @@ def explain_load_errors(model: str) -> Iterator[None]:
 def find_model(options: Options) -> tuple[Path, str]:
     """The model's directory, with all of its small files, and its revision.
 
-    A hub's model is a snapshot in `--cache-dir`, its revision the commit that names the directory;
-    that of a local directory is a hash of its files' names, sizes and contents, of large ones by
-    samples. Raises ExtractionError: there is no such model.
+    Of a hub's model they are a snapshot in `--cache-dir` and its commit; the revision of a local
+    directory is a hash of its files' names, sizes and contents, of large ones by samples.
     """
     from huggingface_hub import snapshot_download
 
-    name = options.model
-    if Path(name).is_dir():
-        return Path(name), hash_directory(Path(name))
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ExtractionError(f"--model {name}: there is no such directory | check the path")
-    with explain_load_errors(name):
+    name, directory = options.model, Path(options.model)
+    if not directory.is_dir():
+        if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+            raise ExtractionError(f"--model {name}: there is no such directory | check the path")
         small = {"revision": options.revision, "allow_patterns": ["*.json", "*.jinja", "*.model"]}
-        snapshot = Path(snapshot_download(name, cache_dir=options.cache_dir, **small))
-    return snapshot, snapshot.name
-
-
-def hash_directory(directory: Path) -> str:
-    """A hash that tells models apart, in a second: of large files it reads samples."""
+        with explain_load_errors(name):
+            directory = Path(snapshot_download(name, cache_dir=options.cache_dir, **small))
+        return directory, directory.name
     digest = hashlib.sha256()
     for path in sorted(directory.glob("*")):
         if path.suffix in (".json", ".jinja", ".model", ".safetensors"):
@@ -368,14 +349,11 @@ def hash_directory(directory: Path) -> str:
                 for start in range(0, size, max(SAMPLED_BYTES, size // 256)):
                     file.seek(start)
                     digest.update(file.read(SAMPLED_BYTES))
-    return digest.hexdigest()
+    return directory, digest.hexdigest()
 
 
 def fetch_weights(options: Options, directory: Path) -> None:
-    """Download the weights of a hub's model, unless they are all there.
-
-    Raises ExtractionError: they are not to be had.
-    """
+    """Download the weights of a hub's model, unless they are all there."""
     from huggingface_hub import snapshot_download
 
     if Path(options.model).is_dir():
@@ -430,11 +408,8 @@ def choose_layers(asked: tuple[int, ...] | str | None, num_layers: int) -> list[
 
 
 def short_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
-    """Gemma3RMSNorm's `forward`, the same in three operations instead of ten.
-
-    The scale is made at the first call, when an offloaded weight is on its device.
-    """
-    if not hasattr(norm, "scale"):
+    """Gemma3RMSNorm's `forward`, the same in three operations instead of ten."""
+    if not hasattr(norm, "scale"):  # made at the first call, when an offloaded weight is there
         norm.scale = 1.0 + norm.weight.detach().float()
     normed = nn.functional.rms_norm(hidden.float(), norm.scale.shape, norm.scale, norm.eps)
     return normed.type_as(hidden)
@@ -485,16 +460,12 @@ def place_weights(options: Options, config, device: torch.device) -> dict:
     with torch.device("meta"):
         num_weights = AutoModelForImageTextToText.from_config(config).num_parameters()
     itemsize = getattr(torch, options.dtype).itemsize
-    spread = options.device_map == "auto"
-    cards = range(torch.cuda.device_count()) if spread else [device.index]
-    room = {}
-    for card in cards:
-        free = torch.cuda.mem_get_info(card)[0]
-        room[card] = int(0.9 * free - pass_memory(config, itemsize))
-    if not spread and room[device.index] >= num_weights * itemsize:
+    cards = range(torch.cuda.device_count()) if options.device_map else [device.index]
+    needed = pass_memory(config, itemsize)
+    room = {card: int(0.9 * torch.cuda.mem_get_info(card)[0] - needed) for card in cards}
+    if not options.device_map and room[device.index] >= num_weights * itemsize:
         return {"device_map": {"": device}}
-    host = get_max_memory()["cpu"]
-    return {"device_map": "auto", "max_memory": room | {"cpu": host}}
+    return {"device_map": "auto", "max_memory": room | {"cpu": get_max_memory()["cpu"]}}
 
 
 def choose_batch_size(options: Options, config, num_slots: int, device: torch.device) -> int:
@@ -710,30 +681,27 @@ def to_numpy(vectors: dict[int, Tensor]) -> np.ndarray:
 class Lanes:
     """Keys and values of the questions that are being answered, one lane each.
 
-    Those of a layer are [lanes, kv_heads, slots, head_dim], on the layer's device. A slot is a
+    Those of a layer are [2, lanes, kv_heads, slots, head_dim], on the layer's device. A slot is a
     position in the prompt and its answer, so what a lane holds behind its last token is seen by
     nobody, and no lane sees another. Live lanes stand side by side from 0 on.
     """
 
     def __init__(self) -> None:
         self.shape = (0, 0)  # lanes, slots
-        self.keys: list[Tensor] = []  # by layer
-        self.values: list[Tensor] = []
+        self.layers: list[Tensor] = []
 
     def resize(self, shape: tuple[int, int], num_live: int, cache) -> None:
         """Make it [lanes, slots], layer by layer; the first `num_live` lanes stay."""
         if shape == self.shape:
             return
         num_slots = min(shape[1], self.shape[1])
-        keys = self.keys or [layer.keys[:0] for layer in cache.layers]
-        values = self.values or [layer.values[:0] for layer in cache.layers]
-        for tensors in (keys, values):
-            for i, old in enumerate(tensors):
-                new = old.new_zeros(shape[0], old.shape[1], shape[1], old.shape[3])
-                if num_live:
-                    new[:num_live, :, :num_slots] = old[:num_live, :, :num_slots]
-                tensors[i] = new
-        self.keys, self.values, self.shape = keys, values, shape
+        for i, layer in enumerate(cache.layers):
+            _, num_heads, _, head_dim = layer.keys.shape
+            lanes = layer.keys.new_zeros(2, shape[0], num_heads, shape[1], head_dim)
+            if num_live:
+                lanes[:, :num_live, :, :num_slots] = self.layers[i][:, :num_live, :, :num_slots]
+            self.layers[i : i + 1] = [lanes]
+        self.shape = shape
 
     def seat(self, start: int, cache, images: list[int]) -> None:
         """Copy the prefix of one of the cache's images into each of the lanes from `start` on.
@@ -741,28 +709,27 @@ class Lanes:
         The slots behind it become 0: attention multiplies what it does not see by 0, and NaN, which
         the lane's last owner may have left, would survive that.
         """
-        stop, index = start + len(images), torch.tensor(images)
-        for layer, keys, values in zip(cache.layers, self.keys, self.values, strict=True):
-            index = index.to(keys.device)
-            for lanes, prefixes in ((keys, layer.keys), (values, layer.values)):
-                num_slots = prefixes.shape[2]
-                lanes[start:stop, :, :num_slots] = prefixes[index]
-                lanes[start:stop, :, num_slots:] = 0
+        index = torch.tensor(images)
+        for layer, lanes in zip(cache.layers, self.layers, strict=True):
+            index = index.to(lanes.device)
+            own, num_slots = lanes[:, start : start + len(images)], layer.keys.shape[2]
+            own[0, :, :, :num_slots] = layer.keys[index]
+            own[1, :, :, :num_slots] = layer.values[index]
+            own[:, :, :, num_slots:] = 0
 
     def move(self, sources: list[int], targets: list[int]) -> None:
         """Copy lanes into others."""
         source, target = torch.tensor(sources), torch.tensor(targets)
-        for lanes in (*self.keys, *self.values):
+        for lanes in self.layers:
             source, target = source.to(lanes.device), target.to(lanes.device)
-            lanes[target] = lanes[source]
+            lanes[:, target] = lanes[:, source]
 
 
 class LaneView:
-    """The lanes of one pass as a layer's cache: n lanes from `start` on, L tokens each."""
+    """The lanes of one pass as transformers' cache: n lanes from `start` on, L tokens each."""
 
     def __init__(self, lanes: Lanes, start: int, pos: Tensor, num_slots: int) -> None:
-        self._lanes = lanes
-        self._rows = slice(start, start + len(pos))
+        self._layers = [layer[:, start : start + len(pos)] for layer in lanes.layers]
         self._num_slots = num_slots  # that may be in use
         self._pos = pos  # [n, L]
         self._index = torch.arange(len(pos), device=pos.device)[:, None]  # [n, 1]
@@ -770,15 +737,14 @@ class LaneView:
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_, **__) -> tuple:
         """Store the tokens' [n, kv_heads, L, head_dim]; all that their lanes hold, [.., slots, ..].
 
-        transformers' layers call this, and nothing else, of a cache.
+        Of a cache transformers' layers call this, and nothing else.
         """
-        held = []
-        index, pos = self._index.to(keys.device), self._pos.to(keys.device)
-        for lanes, new in ((self._lanes.keys, keys), (self._lanes.values, values)):
-            rows = lanes[layer_idx][self._rows]
-            rows[index, :, pos] = new.transpose(1, 2)  # [n, L, kv_heads, head_dim]
-            held.append(rows[:, :, : self._num_slots])
-        return tuple(held)
+        lanes, index, pos = self._layers[layer_idx], self._index, self._pos
+        if pos.device != keys.device:
+            index, pos = index.to(keys.device), pos.to(keys.device)
+        lanes[0][index, :, pos] = keys.transpose(1, 2)  # [n, L, kv_heads, head_dim]
+        lanes[1][index, :, pos] = values.transpose(1, 2)
+        return lanes[0, :, :, : self._num_slots], lanes[1, :, :, : self._num_slots]
 
 
 def causal_masks(pos: Tensor, num_slots: int, window: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -801,31 +767,16 @@ def lane_width(prompter: Prompter, num_prompt_tokens: int, max_new_tokens: int) 
 
 
 # ───────────────────────────────────────── extraction ──────────────────────────────────────────
-def vector_shapes(config, layers: list[int]) -> dict[str, int]:
-    """Name and width of every vector of a sample."""
-    names = [f"{kind}/layer_{i}" for kind in LAYER_KINDS for i in layers]
-    widths = dict.fromkeys(names, config.text_config.hidden_size)
-    return {VISION: config.vision_config.hidden_size} | widths
+@dataclass(eq=False)
+class Live:
+    """A question from its image's encoding to the end of its answer; states in host memory."""
 
-
-@dataclass(frozen=True, eq=False)
-class ImageStates:
-    """What the encoding of an image left for the questions about it, in host memory."""
-
+    question: Question
     image_sha256: str
     patches: np.ndarray  # [D_v], mean
     vision_token: np.ndarray  # [layers, D], last soft token
-    prefix_sum: np.ndarray  # [layers, D]
-
-
-@dataclass(eq=False)
-class Live:
-    """A question from its image's encoding to the end of its answer."""
-
-    question: Question
-    image: ImageStates
+    token_sum: np.ndarray  # [layers, D], over the prefix; from the prefill on over the prompt
     query_token: np.ndarray | None = None  # [layers, D], last prompt token
-    own_sum: np.ndarray | None = None  # [layers, D], over the tokens behind the prefix
     answer_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     entropy: float = math.nan  # nats, of the first token's distribution
@@ -947,8 +898,8 @@ class Extractor:
         patches = captured.patches[0].cpu().numpy()  # [images, D_v]
         kept, sums = to_numpy(captured.kept), to_numpy(captured.sums)  # [images, layers, D]
         for i, picture in enumerate(chunk):
-            image = ImageStates(picture.image_sha256, patches[i], kept[i], sums[i])
-            self._waiting.extend((Live(question, image), i) for question in picture.questions)
+            states = (picture.image_sha256, patches[i], kept[i], sums[i])
+            self._waiting.extend((Live(question, *states), i) for question in picture.questions)
 
     def _width(self, lives: Iterable[Live]) -> int:
         """Slots of the lanes for these questions and their answers, and for the usual ones."""
@@ -1005,7 +956,7 @@ class Extractor:
             hidden = self._forward(start, input_ids, pos)  # [n, L, D]
         query_tokens, own_sums = to_numpy(captured.kept), to_numpy(captured.sums)
         for live, query_token, own_sum in zip(lives, query_tokens, own_sums, strict=True):
-            live.query_token, live.own_sum = query_token, own_sum
+            live.query_token, live.token_sum = query_token, live.token_sum + own_sum
         if not self.max_new_tokens:
             return [self._finish(lane, is_truncated=False) for lane in range(start, stop)]
         last = hidden[torch.arange(len(lives)), lengths - 1]  # [n, D]
@@ -1073,20 +1024,19 @@ class Extractor:
     def _finish(self, lane: int, is_truncated: bool) -> Sample | Failure:
         """What has become of a lane's question, which leaves it."""
         live, self._live[lane] = self._live[lane], None
-        image, question = live.image, live.question
-        mean = (image.prefix_sum + live.own_sum) / np.float32(len(question.input_ids))
-        vectors = {VISION: image.patches}
-        by_kind = {VISION_TOKEN: image.vision_token, QUERY_TOKEN: live.query_token, MEAN: mean}
-        for kind, states in by_kind.items():
-            named = zip(self.layers, states, strict=True)
-            vectors |= {f"{kind}/layer_{i}": vector for i, vector in named}
+        question, vectors = live.question, {VISION: live.patches}
+        mean = live.token_sum / np.float32(len(question.input_ids))
+        by_kind = (live.vision_token, live.query_token, mean)  # [layers, D] each
+        for kind, states in zip(LAYER_KINDS, by_kind, strict=True):
+            for i, vector in zip(self.layers, states, strict=True):
+                vectors[f"{kind}/layer_{i}"] = vector
         if not all(np.isfinite(vector).all() for vector in vectors.values()):
             return Failure(question.row, "its states are not finite")
         if not np.isfinite(live.logprobs).all():
             return Failure(question.row, "the logits of its answer are not finite")
         answer_ids = live.answer_ids if is_truncated else live.answer_ids[:-1]
         rest = (answer_ids, is_truncated, live.logprobs, live.entropy)
-        return Sample(question, image.image_sha256, vectors, *rest)
+        return Sample(question, live.image_sha256, vectors, *rest)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -1110,26 +1060,24 @@ def group_name(question_id: str) -> str:
 def put_in_place(path: Path, content: bytes | memoryview) -> None:
     """Write a file under another name and rename it, once it is safe on the disk.
 
-    A crash at any moment leaves the old file or the new one, whole. Raises OSError: the system
-    could not write it, and the old one, if any, is still there.
+    A crash at any moment leaves the old file or the new one, whole; so does an OSError.
     """
     partial = path.with_suffix(".partial")
     try:
-        with open(partial, "wb", buffering=0) as file:
-            rest = memoryview(content)
-            while rest:
-                rest = rest[file.write(rest) :]
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
+    except OSError:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in NO_SYNC:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # a file system's no
             raise
     finally:
         os.close(descriptor)
@@ -1149,10 +1097,7 @@ def open_part(path: Path) -> Iterator[h5py.File]:
 
 @functools.lru_cache(maxsize=1024)
 def vector_layout(width: int, compression: str) -> tuple:
-    """HDF5's space, creation and link properties of a vector.
-
-    Its own calls with these take half the time of h5py's `create_dataset`.
-    """
+    """HDF5's space, creation and link properties of a vector: half the time of `create_dataset`."""
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     if compression != "none":
         layout.set_chunk((width,))
@@ -1233,9 +1178,17 @@ class PartWriter:
         put_in_place(path, content.getbuffer())
 
 
-def bytes_per_sample(shapes: dict[str, int]) -> int:
+def bytes_per_sample(config, layers: list[int]) -> int:
     """What one sample takes on the disk, uncompressed."""
-    return SAMPLE_OVERHEAD + sum(4 * width + VECTOR_OVERHEAD for width in shapes.values())
+    num_vectors = len(LAYER_KINDS) * len(layers)
+    width = config.vision_config.hidden_size + num_vectors * config.text_config.hidden_size
+    return SAMPLE_OVERHEAD + 4 * width + (num_vectors + 1) * VECTOR_OVERHEAD
+
+
+def tell_differences(was: dict, now: dict) -> str:
+    """Which of the settings `now` were others, with both values."""
+    differing = [name for name in now if was.get(name) != now[name]]
+    return "; ".join(f"{name} was {was.get(name)!r} and is {now[name]!r}" for name in differing)
 
 
 def check_part(path: Path, part: h5py.File, settings: dict) -> None:
@@ -1243,24 +1196,19 @@ def check_part(path: Path, part: h5py.File, settings: dict) -> None:
 
     Raises ExtractionError: other settings, another version; ValueError: it is not whole.
     """
-    stored = {
-        name: value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-        for name, value in part.attrs.items()
-    }
+    stored = {name: np.asarray(value).tolist() for name, value in part.attrs.items()}
     version = stored.get("schema_version")
     if version != SCHEMA_VERSION:
         raise ExtractionError(
-            f"{path} was written by another version of this program (schema {version}, this is "
-            f"{SCHEMA_VERSION}): its samples stand in another order | inspect_h5.py reads it; to "
+            f"{path} was written by another version of this program: schema_version was {version} "
+            f"and is {SCHEMA_VERSION}, with samples in another order | inspect_h5.py reads it; to "
             "extract, choose another --output-dir, or --overwrite"
         )
     if absent := sorted({*IDENTITY, "dataset_sha256", "num_samples"} - stored.keys()):
         raise ValueError(f"its attributes {absent} are gone")
-    if differing := [name for name in IDENTITY if stored[name] != settings[name]]:
-        shown = ["model_name"] * ("model_revision" in differing) + differing
-        pairs = [f"{n} was {stored.get(n)!r} and is {settings[n]!r}" for n in shown]
+    if differences := tell_differences(stored, {name: settings[name] for name in IDENTITY}):
         raise ExtractionError(
-            f"{path} was written with other settings: {'; '.join(pairs)} "
+            f"{path} was written with other settings: {differences} (model {stored['model_name']}) "
             "| go on with the old ones, choose another --output-dir, or --overwrite"
         )
     if stored["num_samples"] != len(part):
@@ -1273,32 +1221,30 @@ def count_other_truths(path: Path, part: h5py.File, by_name: dict[str, Row]) -> 
     Raises ExtractionError: a question or image_id is another, and vectors depend on those.
     """
     count = 0
-    for name in part:
-        group, row = part[name], by_name.get(name)
-        if row is None:
-            continue
-        for dataset, now in (("question", row.question), ("image_id", row.image_id)):
-            was = group[dataset].asstr()[()]
-            if was != now:
-                raise ExtractionError(
-                    f"{path} was written with another {dataset} of question_id "
-                    f"{row.question_id!r}: it was {was!r} and is {now!r} | give what changed "
-                    "another question_id, choose another --output-dir, or --overwrite"
-                )
+    for name in filter(by_name.__contains__, part):
+        group, row = part[name], by_name[name]
+        was = {text: group[text].asstr()[()] for text in ("question", "image_id")}
+        now = {"question": row.question, "image_id": row.image_id}
+        if differences := tell_differences(was, now):
+            raise ExtractionError(
+                f"{path} was written with another row of question_id {row.question_id!r}: "
+                f"{differences} | give what changed another question_id, choose another "
+                "--output-dir, or --overwrite"
+            )
         count += group["ground_truth_answer"].asstr()[()] != row.ground_truth
     return count
 
 
 def scan_parts(output_dir: Path, settings: dict, rows: Iterable[Row] = ()) -> set[str]:
-    """The group names of all stored samples. Texts are compared with `rows`, if there are any,
-    where the rows' hash is another.
+    """The group names of all stored samples; texts are compared with `rows`, if there are any,
+    where their hash is another.
 
     Raises ExtractionError: a part cannot be read, is of another kind of run, or repeats another.
     """
     by_name = {group_name(row.question_id): row for row in rows}
     owners: dict[str, Path] = {}
     num_other = 0
-    for path in sorted(output_dir.glob(PART_NAME.format(0).replace("000", "*"))):
+    for path in sorted(output_dir.glob("gemma3_12b_embeddings_part_*.h5")):
         with open_part(path) as part:
             check_part(path, part, settings)
             for name in part:
@@ -1356,8 +1302,13 @@ class OutputLock:
     def __init__(self, output_dir: Path) -> None:
         self.output_dir = output_dir
         self._has_locks = True
-        # Never opened a second time: to close any descriptor of a file drops all its locks.
-        self._descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            # Never opened a second time: to close any descriptor of a file drops all its locks.
+            self._descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            reason = f"{error.strerror} | choose one to write to"
+            raise ExtractionError(f"--output-dir {output_dir}: {reason}") from error
 
     def _lock(self, kind: int, byte: int) -> bool:
         """Whether it is granted; without locks on the file system always."""
@@ -1369,11 +1320,8 @@ class OutputLock:
             if error.errno not in NO_LOCKS:
                 raise
             if self._has_locks:
-                log.warning(
-                    "the file system of %s has no locks: this must be the only process at work "
-                    "there",
-                    self.output_dir,
-                )
+                rule = "this must be the only process at work there"
+                log.warning("the file system of %s has no locks: %s", self.output_dir, rule)
             self._has_locks = False
         return True
 
@@ -1384,14 +1332,10 @@ class OutputLock:
         """
         while not self._lock(self.ALONE, 0):
             if self._lock(self.SHARED, 0):
-                there = json.loads((self.output_dir / SETTINGS_NAME).read_bytes())
-                if differing := [name for name in settings if there.get(name) != settings[name]]:
-                    pairs = [
-                        f"{name} is {there.get(name)!r} there, {settings[name]!r} here"
-                        for name in differing
-                    ]
+                there = json.loads((self.output_dir / "settings.json").read_bytes())
+                if differences := tell_differences(there, settings):
                     raise ExtractionError(
-                        f"{self.output_dir} is in use with other settings: {'; '.join(pairs)} "
+                        f"{self.output_dir} is in use with other settings: {differences} "
                         "| wait, or choose another --output-dir"
                     )
                 return False
@@ -1401,7 +1345,7 @@ class OutputLock:
     def share(self, settings: dict) -> None:
         """Let the others in."""
         text = json.dumps(settings, indent=1)
-        put_in_place(self.output_dir / SETTINGS_NAME, text.encode())
+        put_in_place(self.output_dir / "settings.json", text.encode())
         self._lock(self.SHARED, 0)
 
     def claim(self, number: int) -> bool:
@@ -1565,44 +1509,36 @@ def open_output(
 
     Raises ExtractionError: in use, of another run, or too small for what is to come; OSError.
     """
-    output_dir = options.output_dir
+    output_dir, planned = options.output_dir, plan_parts(rows, options.checkpoint_interval)
     identity = {name: settings[name] for name in (*IDENTITY, "dataset_sha256")}
     is_alone = lock.enter(identity)
-    if options.overwrite and not is_alone:
-        raise ExtractionError(f"--overwrite: others are at work in {output_dir} | wait for them")
-    stored = set()
+    if options.overwrite and (NUM_RANKS > 1 or not is_alone):
+        raise ExtractionError(
+            f"--overwrite needs {output_dir} for itself | wait for the others, or start one process"
+        )
+    stored: set[str] = set()
     if not options.overwrite:
         stored = scan_parts(output_dir, settings, rows if is_alone else ())
+    unstored = {row.question_id for row in rows if group_name(row.question_id) not in stored}
     wanted = rows[:NUM_TEST_ROWS] if options.test else rows
-    to_do = {row.question_id for row in wanted if group_name(row.question_id) not in stored}
+    to_do = unstored.intersection(row.question_id for row in wanted)
     if is_alone:
         remove_files(output_dir, everything=False)
-        check_disk(output_dir, len(to_do) * sample_size, options.overwrite)
+        free, needed = shutil.disk_usage(output_dir).free, len(to_do) * sample_size
         if options.overwrite:
-            remove_files(output_dir, everything=True)
-        missing_ids = {r.question_id for r in rows if group_name(r.question_id) not in stored}
+            ours = [path for path in output_dir.iterdir() if OUR_FILES.fullmatch(path.name)]
+            free += sum(path.stat().st_size for path in ours)
+        if needed > free:
+            raise ExtractionError(
+                f"{output_dir} has {free / 1e6:.1f} MB free; the run needs {needed / 1e6:.1f} MB "
+                "| make room, choose another --output-dir, or --compression gzip"
+            )
+        remove_files(output_dir, everything=options.overwrite)
         with lock.failures():
-            update_failures(output_dir, missing_ids.__contains__)
+            update_failures(output_dir, unstored.__contains__)
         lock.share(identity)
-    planned = plan_parts(rows, options.checkpoint_interval)
-    missing = {}
-    for number, part in planned.items():
-        if left := [row for row in part if row.question_id in to_do]:
-            missing[number] = left
-    return planned, missing
-
-
-def check_disk(output_dir: Path, needed: int, frees_parts: bool) -> None:
-    """Raise ExtractionError if what is to come does not fit; what is to go counts as free."""
-    free = shutil.disk_usage(output_dir).free
-    if frees_parts:
-        ours = [path for path in output_dir.glob("*.h5") if OUR_FILES.fullmatch(path.name)]
-        free += sum(path.stat().st_size for path in ours)
-    if needed > free:
-        raise ExtractionError(
-            f"{output_dir} has {free / 1e6:.1f} MB free; the run needs {needed / 1e6:.1f} MB "
-            "| make room, choose another --output-dir, or --compression gzip"
-        )
+    missing = {k: [r for r in part if r.question_id in to_do] for k, part in planned.items()}
+    return planned, {number: left for number, left in missing.items() if left}
 
 
 def claim_parts(
@@ -1628,48 +1564,38 @@ def claim_parts(
                 yield rows
 
 
-def until_all_fail(
-    passes: Iterator[list[Sample | Failure]],
-) -> Iterator[list[Sample | Failure]]:
-    """The same. Raises ExtractionError: the first images that the model sees all fail."""
-    failed_images, has_sample = set(), False
-    for outcomes in passes:
-        yield outcomes
-        failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
-        has_sample = has_sample or len(failures) < len(outcomes)
-        failed_images.update(failure.row.image_id for failure in failures)
-        if not has_sample and len(failed_images) >= MAX_FAILED_IMAGES:
-            raise ExtractionError(
-                f"the first {len(failed_images)} images that the model saw all failed: something "
-                f"is wrong with all of them | question_id {failures[-1].row.question_id!r}: "
-                f"{failures[-1].error}"
-            )
-
-
 def work_through(
     options: Options,
     extractor: Extractor,
     parts: Iterator[list[Row]],
     recorder: Recorder,
+    bar: tqdm,
     stop: StopSignal,
-) -> Iterator[int]:
-    """Extract the rows of all parts, or until it is to stop; after each pass, outcomes so far.
+) -> None:
+    """Extract the rows of all parts, or until it is to stop.
 
     Where the device's memory runs short, half the batch goes on with the rows that have no outcome
     yet; a question that does not fit alone fails, and batches are as large as before it again.
     Raises ExtractionError, OSError, RuntimeError: it could not go on.
     """
-    last_good, is_done = extractor.batch_size, False
+    last_good, is_done, failed_images = extractor.batch_size, False, set()
     while not is_done:
         rows = itertools.chain([recorder.waiting()], parts)
         pictures = read_ahead(options, extractor.prompter, rows, recorder.record)
         try:
             with contextlib.closing(pictures):
-                for outcomes in until_all_fail(extractor.run(pictures)):
+                for outcomes in extractor.run(pictures):
                     for outcome in outcomes:
                         recorder.record(outcome)
                         last_good = extractor.batch_size
-                    yield recorder.num_extracted + recorder.num_failed
+                    failed_images |= {o.row.image_id for o in outcomes if isinstance(o, Failure)}
+                    if len(failed_images) >= MAX_FAILED_IMAGES and not recorder.num_extracted:
+                        raise ExtractionError(
+                            f"the first {len(failed_images)} images that the model saw all failed: "
+                            f"something is wrong with all of them | the last: {outcomes[-1].error}"
+                        )
+                    bar.set_postfix(failed=recorder.num_failed, refresh=False)
+                    bar.update(recorder.num_extracted + recorder.num_failed - bar.n)
                     if stop.status:
                         break
             is_done = True
@@ -1677,22 +1603,12 @@ def work_through(
             if not is_out_of_memory(error):
                 raise
         if not is_done and extractor.batch_size == 1:
-            error = "the device's memory is too small for it"
-            recorder.record(Failure(recorder.waiting()[0], error))
+            reason = "the device's memory is too small for it"
+            recorder.record(Failure(recorder.waiting()[0], reason))
             extractor.restart(last_good)
         elif not is_done:
             extractor.restart(extractor.batch_size // 2)
             log.warning("out of memory: batch size %d from here on", extractor.batch_size)
-
-
-def show_progress(counts: Iterator[int], recorder: Recorder, total: int) -> None:
-    """Run through the passes with a bar."""
-    interval = 0.5 if sys.stderr.isatty() else 30
-    style = {"unit": " samples", "smoothing": 0, "mininterval": interval, "disable": RANK > 0}
-    with tqdm(total=total, **style) as bar:
-        for count in counts:
-            bar.set_postfix(failed=recorder.num_failed, refresh=False)
-            bar.update(count - bar.n)
 
 
 def load_extractor(
@@ -1715,11 +1631,6 @@ def extract(options: Options) -> int:
 
     Raises ExtractionError: it could not start or go on; OSError: a file failed.
     """
-    if options.overwrite and NUM_RANKS > 1:
-        raise ExtractionError(
-            "--overwrite needs the directory for itself: a process that came late would delete "
-            "what others wrote | empty --output-dir first, or overwrite with one process"
-        )
     rows = read_rows(options.vqa_dataset)
     check_images(rows, options.images_dir)
     device = check_device(options.device)
@@ -1728,32 +1639,25 @@ def extract(options: Options) -> int:
     with explain_load_errors(options.model):
         prompter = Prompter(processor, config)
     settings = describe_run(options, revision, config, prompter, rows, device)
-    sample_size = bytes_per_sample(vector_shapes(config, settings["layers"]))
-    try:
-        options.output_dir.mkdir(parents=True, exist_ok=True)
-        lock = OutputLock(options.output_dir)
-    except OSError as error:
-        raise ExtractionError(
-            f"--output-dir {options.output_dir}: {error.strerror} | choose one to write to"
-        ) from error
-    with contextlib.closing(lock):
+    sample_size = bytes_per_sample(config, settings["layers"])
+    with contextlib.closing(OutputLock(options.output_dir)) as lock:
         planned, missing = open_output(options, lock, settings, rows, sample_size)
-        num_rows, num_missing = len(rows), sum(map(len, missing.values()))
-        if options.test:
-            num_rows = min(num_rows, NUM_TEST_ROWS)
+        num_rows = min(len(rows), NUM_TEST_ROWS) if options.test else len(rows)
+        num_missing = sum(map(len, missing.values()))
         log.info("%d rows in the plan, %d to do", num_rows, num_missing)
         recorder = Recorder(lock, planned)
         parts = claim_parts(lock, missing, recorder)
         has_first = next(parts, None) is not None  # if others have all, no model need be loaded
         if not (has_first or options.test):
-            return summarise(num_rows, num_missing, 0, 0, 0.0)
+            return summarise(recorder, num_rows, num_missing, 0.0)
         extractor = load_extractor(options, directory, config, prompter, settings)
         recorder.writer = PartWriter(settings, prompter, options.compression)
-        start = time.monotonic()
+        start, interval = time.monotonic(), 0.5 if sys.stderr.isatty() else 30
+        style = {"unit": " samples", "smoothing": 0, "mininterval": interval, "disable": RANK > 0}
         with StopSignal() as stop, logging_redirect_tqdm([log]):
             try:
-                counts = work_through(options, extractor, parts, recorder, stop)
-                show_progress(counts, recorder, num_missing)
+                with tqdm(total=num_missing, **style) as bar:
+                    work_through(options, extractor, parts, recorder, bar, stop)
             finally:
                 recorder.finish()
         seconds = time.monotonic() - start
@@ -1761,15 +1665,13 @@ def extract(options: Options) -> int:
             log.warning("stopped; what was done is saved, and the same command goes on from there")
             return stop.status
         is_sound = not options.test or RANK or report_test(options, settings, extractor, rows)
-        counts = (recorder.num_extracted, recorder.num_failed)
-        status = summarise(num_rows, num_missing, *counts, seconds)
+        status = summarise(recorder, num_rows, num_missing, seconds)
         return status if is_sound else 1
 
 
-def summarise(
-    num_rows: int, num_missing: int, num_extracted: int, num_failed: int, seconds: float
-) -> int:
+def summarise(recorder: Recorder, num_rows: int, num_missing: int, seconds: float) -> int:
     """Print the last line; the exit status."""
+    num_extracted, num_failed = recorder.num_extracted, recorder.num_failed
     if num_failed:
         log.warning("what failed, and why: %s", FAILED_NAME)
     num_others = num_missing - num_extracted - num_failed
@@ -1815,11 +1717,6 @@ def plain_forward(extractor: Extractor, image: Image.Image, question: str, has_m
     return inputs["input_ids"][0].tolist(), patches[0].float().mean(0).cpu(), hidden_states
 
 
-def relative_error(value: np.ndarray | Tensor, reference: Tensor) -> float:
-    """Relative L2 error."""
-    return float((torch.as_tensor(value) - reference).norm() / reference.norm())
-
-
 def compare_with_plain(options: Options, extractor: Extractor, sample: Sample) -> tuple:
     """Compare a sample with plain forward passes of its prompt.
 
@@ -1833,9 +1730,10 @@ def compare_with_plain(options: Options, extractor: Extractor, sample: Sample) -
     kept = hidden[extractor.layers]  # [layers, T, D]
     soft = slice(prompter.soft_start, prompter.soft_stop)
     expected = [patches, *kept[:, soft.stop - 1], *kept[:, -1], *kept.mean(dim=1)]
-    errors = list(map(relative_error, sample.vectors.values(), expected))
-    effect = relative_error(unmasked[-1, soft], hidden[-1, soft])
-    return input_ids == sample.question.input_ids, effect, errors
+    found = map(torch.as_tensor, sample.vectors.values())
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
+    effect = (unmasked[-1, soft] - hidden[-1, soft]).norm() / hidden[-1, soft].norm()
+    return input_ids == sample.question.input_ids, float(effect), errors
 
 
 def print_checks(options: Options, extractor: Extractor, samples: list[Sample]) -> bool:
@@ -1881,7 +1779,7 @@ def report_test(options: Options, settings: dict, extractor: Extractor, rows: li
     lengths = [len(sample.answer_ids) for sample in run([row for about in some for row in about])]
     seconds = (time.monotonic() - start) / max(1, len(lengths)) / NUM_RANKS
     num_tokens = sum(lengths) / max(1, len(lengths))
-    sample_size = bytes_per_sample(vector_shapes(extractor.model.config, extractor.layers))
+    sample_size = bytes_per_sample(extractor.model.config, extractor.layers)
     free = shutil.disk_usage(options.output_dir).free / 1e9
     print(
         f"torch {settings['torch_version']}, transformers {settings['transformers_version']}; "
@@ -1911,21 +1809,9 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def size_or_auto(text: str) -> int | None:
-    """A whole number from 1; None for `auto`."""
-    return None if text == "auto" else positive(text)
-
-
 def layer_list(text: str) -> tuple[int, ...] | str:
     """Comma-separated whole numbers, or `all`."""
     return text if text == "all" else tuple(int(part) for part in text.split(","))
-
-
-def dtype_name(text: str) -> str:
-    """A type that holds Gemma 3's states."""
-    if text == "float16":
-        raise argparse.ArgumentTypeError("Gemma 3's states pass float16's 65504; use bfloat16")
-    return text
 
 
 def read_options(words: list[str]) -> Options:
@@ -1948,7 +1834,7 @@ def read_options(words: list[str]) -> Options:
     add("--cache-dir", type=Path, default="model_cache", help="for downloads (%(default)s)")
     add("--device", default="cuda", help="cuda, cpu or any torch device (%(default)s)")
     add("--device-map", choices=["auto"], help="spread one model over all visible GPUs")
-    add("--dtype", type=dtype_name, choices=dtypes, default="bfloat16", help="(%(default)s)")
+    add("--dtype", choices=[*dtypes, "float16"], default="bfloat16", help="(%(default)s)")
 
     add = parser.add_argument_group("what is extracted").add_argument
     layers = "negative: from the end (default: first, quarters and last)"
@@ -1958,7 +1844,8 @@ def read_options(words: list[str]) -> Options:
 
     add = parser.add_argument_group("how it is run and stored").add_argument
     size = "questions answered side by side; auto: what suits the device (%(default)s)"
-    add("--batch-size", type=size_or_auto, default="auto", metavar="N|auto", help=size)
+    auto = {"type": lambda text: None if text == "auto" else positive(text), "default": "auto"}
+    add("--batch-size", **auto, metavar="N|auto", help=size)
     workers = "threads that prepare images (%(default)s here)"
     add("--num-workers", type=positive, default=cores, metavar="N", help=workers)
     interval = "samples per part file (%(default)s)"
@@ -1967,6 +1854,8 @@ def read_options(words: list[str]) -> Options:
     add("--compression", **packing, help="of the vectors (%(default)s)")
 
     options = parser.parse_args(words)
+    if options.dtype == "float16":
+        parser.error("argument --dtype: Gemma 3's states pass float16's 65504; take bfloat16")
     if options.max_new_tokens < 0:
         parser.error("argument --max-new-tokens: less than 0")
     return options
