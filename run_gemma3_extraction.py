@@ -172,10 +172,7 @@ class Sample:
 
 # ─────────────────────────────────── reading rows and images ───────────────────────────────────
 def read_rows(csv_path: Path) -> list[Row]:
-    """Every row of the CSV, text as it stands: `007`, `NA`, `None` and empty answers survive.
-
-    Raises ExtractionError: not UTF-8, no table with the columns, an empty or repeated question_id.
-    """
+    """Every row of the CSV, text as it stands: `007`, `NA`, `None` and empty answers survive."""
     csv.field_size_limit(sys.maxsize)
     rows: dict[str, Row] = {}
     try:
@@ -204,18 +201,15 @@ def find_columns(header: list[str]) -> dict[str, str]:
     """What the CSV calls each field of `Row`. Raises ValueError: missing, or there twice."""
     columns = {}
     for name, accepted in COLUMNS.items():
-        present = [column for column in header if column in accepted]
+        named, present = " or ".join(accepted), [c for c in header if c in accepted]
         if len(set(present)) > 1:
-            both = " and ".join(present)
-            raise ValueError(f"columns {both} are both there: which is meant? Remove the other")
+            raise ValueError(f"columns {' and '.join(present)} are both there; remove one")
         if len(present) > 1:
             raise ValueError(f"column {present[0]} is there twice; remove one")
+        if len(header) == 1 and re.search("[;\t]", header[0]):
+            raise ValueError("it looks separated by semicolons or tabs: save it with commas")
         if header and not present:
-            advice = ""
-            if len(header) == 1 and re.search("[;\t]", header[0]):
-                advice = " | it looks separated by semicolons or tabs: save it with commas"
-            named = " or ".join(accepted)
-            raise ValueError(f"column {named} is not there; its columns: {header}{advice}")
+            raise ValueError(f"column {named} is not there; its columns: {header}")
         columns[name] = next(iter(present), "")
     return columns
 
@@ -266,10 +260,7 @@ def find_image(images_dir: Path, image_id: str) -> Path:
 
 
 def open_image(images_dir: Path, image_id: str) -> tuple[Image.Image, str]:
-    """The image, upright and RGB, and the sha256 of its file.
-
-    Raises RowError: it is missing, unreadable or too large.
-    """
+    """The image, upright and RGB, and the sha256 of its file. Raises RowError."""
     path, limit = find_image(images_dir, image_id), Image.MAX_IMAGE_PIXELS
     try:
         content = path.read_bytes()
@@ -317,10 +308,9 @@ def explain_load_errors(model: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:400] or type(error).__name__
         advice = "the directory must hold the whole model, its weights as *.safetensors"
         if not Path(model).is_dir():
-            advice = (
-                f"if it is gated, accept its licence at https://huggingface.co/{model} and run "
-                "`hf auth login`; if it is here already, name the place: --cache-dir or --model DIR"
-            )
+            page = f"https://huggingface.co/{model}"
+            advice = f"if it is gated, accept its licence at {page} and run `hf auth login`; "
+            advice += "if it is here already, name the place: --cache-dir or --model DIR"
         raise ExtractionError(f"cannot load {model}: {reason} | {advice}") from error
 
 
@@ -337,8 +327,7 @@ def find_model(options: Options) -> tuple[Path, str]:
         if name.startswith(("/", ".", "~")) or name.count("/") > 1:
             raise ExtractionError(f"--model {name}: there is no such directory | check the path")
         small = {"revision": options.revision, "allow_patterns": ["*.json", "*.jinja", "*.model"]}
-        with explain_load_errors(name):
-            directory = Path(snapshot_download(name, cache_dir=options.cache_dir, **small))
+        directory = Path(snapshot_download(name, cache_dir=options.cache_dir, **small))
         return directory, directory.name
     digest = hashlib.sha256()
     for path in sorted(directory.glob("*")):
@@ -356,30 +345,26 @@ def fetch_weights(options: Options, directory: Path) -> None:
     """Download the weights of a hub's model, unless they are all there."""
     from huggingface_hub import snapshot_download
 
-    if Path(options.model).is_dir():
-        return
     index_path, needed = directory / "model.safetensors.index.json", {"model.safetensors"}
     if index_path.exists():
         needed = set(json.loads(index_path.read_text())["weight_map"].values())
-    if not all((directory / name).exists() for name in needed):
+    if not (Path(options.model).is_dir() or all((directory / name).exists() for name in needed)):
         where = {"cache_dir": options.cache_dir, "revision": directory.name}
-        with explain_load_errors(options.model):
-            snapshot_download(options.model, allow_patterns=["*.safetensors"], **where)
+        snapshot_download(options.model, allow_patterns=["*.safetensors"], **where)
 
 
-def load_processor(options: Options, directory: Path):
+def load_processor(directory: Path):
     """The model's config and processor: small files, enough to plan and check a run."""
     from transformers import AutoConfig, AutoProcessor
 
-    with explain_load_errors(options.model):
-        config = AutoConfig.from_pretrained(directory)
-        if config.model_type != "gemma3":
-            raise ValueError(f"its type is {config.model_type}; expected gemma3 (4B, 12B or 27B)")
-        if quantised := getattr(config, "quantization_config", None):
-            method = dict(quantised).get("quant_method", "a method")
-            raise ValueError(f"quantised weights ({method}) are not supported; take the original")
-        # With torchvision's back end pixels differ by 1/255 in places; Pillow is always there.
-        return config, AutoProcessor.from_pretrained(directory, backend="pil")
+    config = AutoConfig.from_pretrained(directory)
+    if config.model_type != "gemma3":
+        raise ValueError(f"its type is {config.model_type}; expected gemma3 (4B, 12B or 27B)")
+    if quantised := getattr(config, "quantization_config", None):
+        method = dict(quantised).get("quant_method", "a method")
+        raise ValueError(f"quantised weights ({method}) are not supported; take the original")
+    # With torchvision's back end pixels differ by 1/255 in places; Pillow is always there.
+    return config, AutoProcessor.from_pretrained(directory, backend="pil")
 
 
 def check_device(name: str) -> torch.device:
@@ -420,7 +405,6 @@ def load_model(options: Options, directory: Path, config, device: torch.device):
     import transformers
     from transformers.models.gemma3 import modeling_gemma3
 
-    fetch_weights(options, directory)
     torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
     torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for every length, 23 to 37 ms each
     norm = modeling_gemma3.Gemma3RMSNorm
@@ -428,17 +412,16 @@ def load_model(options: Options, directory: Path, config, device: torch.device):
     norm.forward = short_norm
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    with explain_load_errors(options.model):
-        model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-            directory,
-            dtype=getattr(torch, options.dtype),
-            attn_implementation="sdpa",  # flash attention cannot carry the image mask
-            use_safetensors=True,
-            output_loading_info=True,
-            **place_weights(options, config, device),
-        )
-        if absent := sorted(report["missing_keys"]) + sorted(report["mismatched_keys"]):
-            raise ValueError(f"{len(absent)} weights are missing or misshapen, first {absent[0]}")
+    model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+        directory,
+        dtype=getattr(torch, options.dtype),
+        attn_implementation="sdpa",  # flash attention cannot carry the image mask
+        use_safetensors=True,
+        output_loading_info=True,
+        **place_weights(options, config, device),
+    )
+    if absent := sorted(report["missing_keys"]) + sorted(report["mismatched_keys"]):
+        raise ValueError(f"{len(absent)} weights are missing or misshapen, first {absent[0]}")
     places = getattr(model, "hf_device_map", {}).items()
     hosted = [model.get_submodule(name) for name, place in places if place in ("cpu", "disk")]
     if hosted and device.type != "cpu":
@@ -449,9 +432,7 @@ def load_model(options: Options, directory: Path, config, device: torch.device):
 
 
 def place_weights(options: Options, config, device: torch.device) -> dict:
-    """`device_map` and `max_memory` for transformers: what does not fit on the cards beside the
-    work stays in host memory.
-    """
+    """For transformers: what does not fit on the cards beside the work stays in host memory."""
     from accelerate.utils import get_max_memory
     from transformers import AutoModelForImageTextToText
 
@@ -491,9 +472,7 @@ def fit_batch_size(free: int, config, itemsize: int, num_slots: int) -> int:
 
 
 def pass_memory(config, itemsize: int) -> int:
-    """Bytes that a pass needs at most beside weights and lanes: MLP and residuals, logits, and of
-    the images that are encoded together the tower and the keys and values.
-    """
+    """Bytes that passes need at most beside weights and lanes."""
     text, vision = config.text_config, config.vision_config
     num_patches = MAX_PASS_IMAGES * (vision.image_size // vision.patch_size) ** 2
     decoder = MAX_PASS_TOKENS * (3 * text.intermediate_size + 8 * text.hidden_size) * itemsize
@@ -505,17 +484,6 @@ def pass_memory(config, itemsize: int) -> int:
 
 
 # ──────────────────────────────── prompts, and pictures read ahead ─────────────────────────────
-def find_soft_tokens(input_ids: list[int], image_token_id: int, count: int) -> tuple[int, int]:
-    """First position of the image's soft tokens, and the one after the last.
-
-    Raises RowError: they are not exactly one run of `count`.
-    """
-    found = [pos for pos, token in enumerate(input_ids) if token == image_token_id]
-    if len(found) != count or found[-1] - found[0] != count - 1:
-        raise RowError(f"found {len(found)} image soft tokens; expected one run of {count}")
-    return found[0], found[-1] + 1
-
-
 class Prompter:
     """Turns questions and images into what the model reads, with the model's own processor.
 
@@ -525,18 +493,21 @@ class Prompter:
     def __init__(self, processor, config) -> None:
         self.processor = processor
         self._tokenizer = processor.tokenizer
-        self._soft_tokens = (config.image_token_id, config.mm_tokens_per_image)
         added = self._tokenizer.added_tokens_decoder.items()
         self._special = {token_id for token_id, token in added if token.special}
+        self._special.add(config.image_token_id)
         self._lock = threading.Lock()  # a fast tokenizer must not serve two threads at once
         plain = self._encode("?")
         if self._tokenizer.unk_token_id in plain:
             raise ValueError("its tokenizer knows no words: tokenizer.json is missing")
-        self._plain_special = [token for token in plain if token in self._special]
         if plain.count(self._tokenizer.bos_token_id) != 1:
-            raise ExtractionError("the chat template does not give exactly one <bos>")
-        self.soft_start, self.soft_stop = find_soft_tokens(plain, *self._soft_tokens)
+            raise ValueError("its chat template does not give exactly one <bos>")
+        soft = [pos for pos, token in enumerate(plain) if token == config.image_token_id]
+        if soft != list(range(soft[0], soft[0] + config.mm_tokens_per_image)):
+            raise ValueError(f"{len(soft)} image soft tokens; expected one run in a prompt")
+        self.soft_start, self.soft_stop = soft[0], soft[-1] + 1
         self.prefix = plain[: self.soft_stop + 1]
+        self._plain_special = [token for token in plain if token in self._special]
 
     def render(self, question: str) -> str:
         """The chat template with one user turn, image then question, and the generation prompt."""
@@ -561,7 +532,6 @@ class Prompter:
             names = set(self._tokenizer.convert_ids_to_tokens(special))
             held = [name for name in sorted(names) if name in question]
             raise RowError(f"the question holds special tokens as text: {' '.join(held)}")
-        find_soft_tokens(input_ids, *self._soft_tokens)
         if input_ids[: len(self.prefix)] != self.prefix:
             raise RowError("its prompt does not begin as that of other questions")
         return input_ids
@@ -572,16 +542,13 @@ class Prompter:
 
     def decode(self, answer_ids: list[int]) -> str:
         """An answer's text: no special tokens, whitespace kept; NUL would end it in HDF5."""
-        text = self._tokenizer.decode(
-            answer_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        plainly = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        text = self._tokenizer.decode(answer_ids, **plainly)
         return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
-def read_picture(
-    options: Options, prompter: Prompter, rows: list[Row]
-) -> tuple[Picture | None, list[Failure]]:
-    """The rows about one image as the model reads them, and those that it cannot."""
+def read_picture(options: Options, prompter: Prompter, rows: list[Row]) -> tuple:
+    """A `Picture` of the rows about one image, or None, and the failures of other rows."""
     questions, failures = [], []
     for row in rows:
         try:
@@ -599,21 +566,15 @@ def read_picture(
 
 
 def read_ahead(
-    options: Options,
-    prompter: Prompter,
-    parts: Iterable[list[Row]],
-    fail: Callable[[Failure], None],
+    options: Options, prompter: Prompter, parts: Iterable[list[Row]], fail: Callable
 ) -> Iterator[Picture]:
     """Images with their questions, in order, read by threads beside the model, part by part.
 
-    A row that cannot be read goes to `fail`. Few images are in memory at a time.
+    A `Failure` of a row that cannot be read goes to `fail`. Few images are in memory at a time.
     """
     with ThreadPoolExecutor(options.num_workers) as pool:
-        jobs = (
-            pool.submit(read_picture, options, prompter, about)
-            for rows in parts
-            for about in group_by_image(rows)
-        )
+        by_image = itertools.chain.from_iterable(map(group_by_image, parts))
+        jobs = (pool.submit(read_picture, options, prompter, about) for about in by_image)
         pending = deque(itertools.islice(jobs, 2 * options.num_workers + 1))
         try:
             while pending:
@@ -760,10 +721,11 @@ def causal_masks(pos: Tensor, num_slots: int, window: int, dtype: torch.dtype) -
     return {kind: nothing.masked_fill(mask, -math.inf) for kind, mask in hidden.items()}
 
 
-def lane_width(prompter: Prompter, num_prompt_tokens: int, max_new_tokens: int) -> int:
-    """Slots for a prompt and its answer, at least for a usual prompt, rounded up."""
+def lane_width(prompter: Prompter, max_new_tokens: int, lives: Iterable[Live] = ()) -> int:
+    """Slots for usual prompts and those of `lives`, each with its answer, rounded up."""
+    lengths = [len(live.question.input_ids) for live in lives]
     usual = len(prompter.prefix) + TYPICAL_QUESTION
-    return -(-(max(usual, num_prompt_tokens) + max_new_tokens) // 64) * 64
+    return -(-(max([usual, *lengths]) + max_new_tokens) // 64) * 64
 
 
 # ───────────────────────────────────────── extraction ──────────────────────────────────────────
@@ -901,11 +863,6 @@ class Extractor:
             states = (picture.image_sha256, patches[i], kept[i], sums[i])
             self._waiting.extend((Live(question, *states), i) for question in picture.questions)
 
-    def _width(self, lives: Iterable[Live]) -> int:
-        """Slots of the lanes for these questions and their answers, and for the usual ones."""
-        lengths = (len(live.question.input_ids) for live in lives)
-        return lane_width(self.prompter, max(lengths, default=0), self.max_new_tokens)
-
     def _seat_waiting(self) -> int:
         """Give lanes to questions of the images that were encoded last; how many got one.
 
@@ -913,11 +870,11 @@ class Extractor:
         too wide for that waits until enough lanes are free, and enters alone if need be.
         """
         start, images = len(self._live), []
-        num_slots = self.batch_size * self._width([])
-        width = num_lanes = 0
+        width = lane_width(self.prompter, self.max_new_tokens)
+        num_lanes, num_slots = 0, self.batch_size * width
         while self._waiting:
             live, image = self._waiting[0]
-            wider = self._width([live, *self._live])
+            wider = lane_width(self.prompter, self.max_new_tokens, [live, *self._live])
             fitting = max(1, num_slots // wider)
             if len(self._live) >= fitting:
                 break
@@ -960,7 +917,8 @@ class Extractor:
         if not self.max_new_tokens:
             return [self._finish(lane, is_truncated=False) for lane in range(start, stop)]
         last = hidden[torch.arange(len(lives)), lengths - 1]  # [n, D]
-        tokens, logprobs, entropies = self._choose_tokens(last)
+        tokens, logprobs, logits = self._choose_tokens(last)
+        entropies = torch.distributions.Categorical(logits=logits).entropy().tolist()
         for live, entropy in zip(lives, entropies, strict=True):
             live.entropy = entropy
         return self._add_tokens(start, tokens, logprobs)
@@ -990,16 +948,13 @@ class Extractor:
         )
         return output.last_hidden_state
 
-    def _choose_tokens(self, hidden: Tensor) -> tuple[list, list, list]:
-        """From normed states [n, D] the likeliest tokens, log-probabilities, and entropies."""
+    def _choose_tokens(self, hidden: Tensor) -> tuple[list, list, Tensor]:
+        """The likeliest tokens, their log-probabilities, and the logits, of normed states [n, D]."""
         logits = self.model.lm_head(hidden).float()  # [n, vocabulary]
         best, tokens = logits.max(dim=-1)
-        total = logits.logsumexp(dim=-1)
-        probabilities = (logits - total[:, None]).exp()
-        entropy = torch.special.entr(probabilities).sum(dim=-1)
-        columns = torch.stack([tokens.double(), (best - total).double(), entropy.double()])
-        tokens, logprobs, entropies = columns.tolist()
-        return list(map(int, tokens)), logprobs, entropies
+        columns = torch.stack([tokens.double(), (best - logits.logsumexp(dim=-1)).double()])
+        tokens, logprobs = columns.tolist()
+        return list(map(int, tokens)), logprobs, logits
 
     def _add_tokens(self, start: int, tokens: list, logprobs: list) -> list[Sample | Failure]:
         """Give every live lane from `start` on its token; what has come to an end leaves."""
@@ -1011,10 +966,9 @@ class Extractor:
             live.answer_ids.append(token)
             live.logprobs.append(logprob)
             has_ended = self.has_ended(live)
-            if has_ended or len(live.answer_ids) == self.max_new_tokens:
+            is_over = len(live.answer_ids) == self.max_new_tokens or not math.isfinite(logprob)
+            if has_ended or is_over:
                 outcomes.append(self._finish(lane, is_truncated=not has_ended))
-            elif not math.isfinite(logprob):
-                outcomes.append(self._finish(lane, is_truncated=True))
         return outcomes
 
     def has_ended(self, live: Live) -> bool:
@@ -1046,11 +1000,6 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 # ─────────────────────────────── parts: whole, or not there ────────────────────────────────────
-def part_path(output_dir: Path, number: int) -> Path:
-    """Where part `number` belongs."""
-    return output_dir / PART_NAME.format(number)
-
-
 def group_name(question_id: str) -> str:
     """A name that HDF5 takes; `urllib.parse.unquote` gives the question_id back."""
     name = question_id.replace("%", "%25").replace("/", "%2F")
@@ -1191,30 +1140,6 @@ def tell_differences(was: dict, now: dict) -> str:
     return "; ".join(f"{name} was {was.get(name)!r} and is {now[name]!r}" for name in differing)
 
 
-def check_part(path: Path, part: h5py.File, settings: dict) -> None:
-    """Look at a part's attributes and the number of its samples, and at nothing else.
-
-    Raises ExtractionError: other settings, another version; ValueError: it is not whole.
-    """
-    stored = {name: np.asarray(value).tolist() for name, value in part.attrs.items()}
-    version = stored.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise ExtractionError(
-            f"{path} was written by another version of this program: schema_version was {version} "
-            f"and is {SCHEMA_VERSION}, with samples in another order | inspect_h5.py reads it; to "
-            "extract, choose another --output-dir, or --overwrite"
-        )
-    if absent := sorted({*IDENTITY, "dataset_sha256", "num_samples"} - stored.keys()):
-        raise ValueError(f"its attributes {absent} are gone")
-    if differences := tell_differences(stored, {name: settings[name] for name in IDENTITY}):
-        raise ExtractionError(
-            f"{path} was written with other settings: {differences} (model {stored['model_name']}) "
-            "| go on with the old ones, choose another --output-dir, or --overwrite"
-        )
-    if stored["num_samples"] != len(part):
-        raise ValueError(f"{len(part)} samples; expected {stored['num_samples']}")
-
-
 def count_other_truths(path: Path, part: h5py.File, by_name: dict[str, Row]) -> int:
     """How many stored ground truths are not the CSV's.
 
@@ -1236,8 +1161,8 @@ def count_other_truths(path: Path, part: h5py.File, by_name: dict[str, Row]) -> 
 
 
 def scan_parts(output_dir: Path, settings: dict, rows: Iterable[Row] = ()) -> set[str]:
-    """The group names of all stored samples; texts are compared with `rows`, if there are any,
-    where their hash is another.
+    """The group names of all stored samples, from attributes and names alone; where the rows' hash
+    is another, texts are compared with `rows`, if there are any.
 
     Raises ExtractionError: a part cannot be read, is of another kind of run, or repeats another.
     """
@@ -1246,12 +1171,21 @@ def scan_parts(output_dir: Path, settings: dict, rows: Iterable[Row] = ()) -> se
     num_other = 0
     for path in sorted(output_dir.glob("gemma3_12b_embeddings_part_*.h5")):
         with open_part(path) as part:
-            check_part(path, part, settings)
+            stored = {name: np.asarray(value).tolist() for name, value in part.attrs.items()}
+            if differences := tell_differences(stored, {name: settings[name] for name in IDENTITY}):
+                raise ExtractionError(
+                    f"{path} was written with other settings: {differences} | go on with the old "
+                    "ones, choose another --output-dir, or --overwrite"
+                    + f"; samples of version {stored.get('schema_version')} stand in another order"
+                    * (stored.get("schema_version") != SCHEMA_VERSION)
+                )
+            if stored["num_samples"] != len(part):
+                raise ValueError(f"{len(part)} samples; expected {stored['num_samples']}")
             for name in part:
                 if name in owners:
                     raise ValueError(f"sample {name!r} stands in {owners[name].name} already")
                 owners[name] = path
-            if by_name and part.attrs["dataset_sha256"] != settings["dataset_sha256"]:
+            if by_name and stored["dataset_sha256"] != settings["dataset_sha256"]:
                 num_other += count_other_truths(path, part, by_name)
     if num_other:
         log.warning("%d stored ground truths differ from the CSV's; they stay", num_other)
@@ -1376,10 +1310,8 @@ class StopSignal:
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.status = 0
-        self._since = 0.0
+    status = 0
+    _since = 0.0
 
     def __enter__(self) -> StopSignal:
         caught = [signum for signum in self.SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
@@ -1459,7 +1391,7 @@ class Recorder:
         self._saving = self._thread.submit(self._write, part)
 
     def _write(self, part: OpenPart) -> None:
-        path = part_path(self._lock.output_dir, part.number)
+        path = self._lock.output_dir / PART_NAME.format(part.number)
         if part.samples or not (part.waiting or path.exists()):
             self.writer.write(path, self._planned[part.number], part.samples)
         settled = {sample.question.row.question_id for sample in part.samples}
@@ -1555,7 +1487,7 @@ def claim_parts(
             if not lock.claim(number):
                 continue
             has_claimed = True
-            rows, path = left.pop(number), part_path(lock.output_dir, number)
+            rows, path = left.pop(number), lock.output_dir / PART_NAME.format(number)
             if path.exists():  # with more than before, if others were here meanwhile
                 with open_part(path) as part:
                     rows = [row for row in rows if group_name(row.question_id) not in part]
@@ -1611,21 +1543,6 @@ def work_through(
             log.warning("out of memory: batch size %d from here on", extractor.batch_size)
 
 
-def load_extractor(
-    options: Options, directory: Path, config, prompter: Prompter, settings: dict
-) -> Extractor:
-    """Load the model, add its size to the settings, and choose the batch size."""
-    device = check_device(options.device)
-    model = load_model(options, directory, config, device)
-    billions = model.num_parameters() / 1e9
-    size = f"{billions:.0f}b" if billions >= 0.5 else f"{1e3 * billions:.1f}m"
-    settings["model_type"] = f"gemma-3-{size}-multimodal"
-    num_slots = lane_width(prompter, 0, options.max_new_tokens)
-    batch_size = choose_batch_size(options, config, num_slots, device)
-    limits = (options.max_new_tokens, batch_size)
-    return Extractor(model, prompter, settings["layers"], *limits, device)
-
-
 def extract(options: Options) -> int:
     """Run an extraction, from the CSV to the last part; the exit status.
 
@@ -1634,9 +1551,9 @@ def extract(options: Options) -> int:
     rows = read_rows(options.vqa_dataset)
     check_images(rows, options.images_dir)
     device = check_device(options.device)
-    directory, revision = find_model(options)
-    config, processor = load_processor(options, directory)
     with explain_load_errors(options.model):
+        directory, revision = find_model(options)
+        config, processor = load_processor(directory)
         prompter = Prompter(processor, config)
     settings = describe_run(options, revision, config, prompter, rows, device)
     sample_size = bytes_per_sample(config, settings["layers"])
@@ -1650,7 +1567,15 @@ def extract(options: Options) -> int:
         has_first = next(parts, None) is not None  # if others have all, no model need be loaded
         if not (has_first or options.test):
             return summarise(recorder, num_rows, num_missing, 0.0)
-        extractor = load_extractor(options, directory, config, prompter, settings)
+        with explain_load_errors(options.model):
+            fetch_weights(options, directory)
+            model = load_model(options, directory, config, device)
+        billions = model.num_parameters() / 1e9
+        size = f"{billions:.0f}b" if billions >= 0.5 else f"{1e3 * billions:.1f}m"
+        settings["model_type"] = f"gemma-3-{size}-multimodal"
+        width = lane_width(prompter, options.max_new_tokens)
+        limits = (options.max_new_tokens, choose_batch_size(options, config, width, device))
+        extractor = Extractor(model, prompter, settings["layers"], *limits, device)
         recorder.writer = PartWriter(settings, prompter, options.compression)
         start, interval = time.monotonic(), 0.5 if sys.stderr.isatty() else 30
         style = {"unit": " samples", "smoothing": 0, "mininterval": interval, "disable": RANK > 0}
@@ -1781,24 +1706,19 @@ def report_test(options: Options, settings: dict, extractor: Extractor, rows: li
     num_tokens = sum(lengths) / max(1, len(lengths))
     sample_size = bytes_per_sample(extractor.model.config, extractor.layers)
     free = shutil.disk_usage(options.output_dir).free / 1e9
+    memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
+    if extractor.device.type == "cuda":
+        memory += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the card"
     print(
         f"torch {settings['torch_version']}, transformers {settings['transformers_version']}; "
         f"{options.dtype} on {settings.get('device_name', settings['device'])}\n"
-        f"peak memory {peak_memory(extractor.device)}\n"
+        f"peak memory {memory}\n"
         f"the whole CSV takes {len(rows) * sample_size / 1e9:.2f} GB; {free:.0f} GB are free\n"
         f"{len(rows)} rows about {len(by_image)} images take {len(rows) * seconds / 3600:.2f} h at "
         f"{1 / seconds:.2f} samples/s, if answers have {num_tokens:.0f} tokens as here",
         flush=True,
     )
     return is_sound
-
-
-def peak_memory(device: torch.device) -> str:
-    """Of the process, and of the card where there is one."""
-    text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
-    if device.type == "cuda":
-        text += f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB on the card"
-    return text
 
 
 # ───────────────────────────────────────── command line ────────────────────────────────────────
