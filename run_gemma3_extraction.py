@@ -180,7 +180,14 @@ def read_rows(csv_path: Path) -> list[Row]:
             reader = csv.DictReader(file, strict=True)
             columns = find_columns(list(reader.fieldnames or ()))
             for line in reader:
-                row = read_row(line, columns)
+                if None in line or None in line.values():  # how csv tells of commas
+                    than = "more" if None in line else "fewer"
+                    raise ValueError(f"{than} fields than the header; check its commas")
+                row = Row(**{name: line[column] for name, column in columns.items()})
+                if any("\0" in text for text in dataclasses.astuple(row)):
+                    raise ValueError("holds a NUL byte; remove it")
+                if not row.question_id.strip():
+                    raise ValueError("the question_id is empty")
                 if row.question_id in rows:
                     raise ValueError(f"question_id {row.question_id!r} appears twice")
                 rows[row.question_id] = row
@@ -212,19 +219,6 @@ def find_columns(header: list[str]) -> dict[str, str]:
             raise ValueError(f"column {named} is not there; its columns: {header}")
         columns[name] = next(iter(present), "")
     return columns
-
-
-def read_row(line: dict, columns: dict[str, str]) -> Row:
-    """One line of the CSV. Raises ValueError: too few or many fields, a NUL byte, no id."""
-    if None in line or None in line.values():  # how csv tells long lines from short ones
-        than = "more" if None in line else "fewer"
-        raise ValueError(f"{than} fields than the header; check its commas")
-    texts = {name: line[column] for name, column in columns.items()}
-    if any("\0" in text for text in texts.values()):
-        raise ValueError("holds a NUL byte; remove it")
-    if not texts["question_id"].strip():
-        raise ValueError("the question_id is empty")
-    return Row(**texts)
 
 
 def hash_rows(rows: list[Row]) -> str:
@@ -589,44 +583,35 @@ def read_ahead(
 
 
 # ──────────────────────────────────────────── hooks ────────────────────────────────────────────
-@dataclass(frozen=True, eq=False)
-class Captured:
-    """What the hooks saw of one pass of n rows; float32, each on its module's device."""
-
-    patches: list[Tensor] = field(default_factory=list)  # one, if the tower ran: [n, D_v], mean
-    kept: dict[int, Tensor] = field(default_factory=dict)  # by layer: [n, D], one token a row
-    sums: dict[int, Tensor] = field(default_factory=dict)  # by layer: [n, D], over the tokens
-
-
 @contextlib.contextmanager
 def capture(
     model: nn.Module, layers: list[int], kept_pos: Tensor, lengths: Tensor
-) -> Iterator[Captured]:
-    """Forward hooks on the vision tower and the chosen decoder layers, for one pass.
+) -> Iterator[tuple[list[Tensor], dict[int, Tensor], dict[int, Tensor]]]:
+    """Forward hooks on the vision tower and the chosen decoder layers, for one pass of n rows.
 
-    Of every row of the pass they keep the token at index `kept_pos` [n], and the sum over its
-    first `lengths` [n] tokens: what stands behind is padding.
+    Gives what they will see, in float32: if the tower runs, the mean over its patches [n, D_v]; by
+    layer the token at index `kept_pos` [n] of each row, [n, D]; by layer the sum over a row's first
+    `lengths` [n] tokens, [n, D]: what stands behind them is padding.
     """
-    captured, handles = Captured(), []
+    patches, kept, sums, handles = [], {}, {}, []
 
     def see_tower(module, args, output) -> None:
-        patches = output.last_hidden_state  # [n, patches, D_v]
-        captured.patches.append(patches.mean(dim=1, dtype=torch.float32))
+        patches.append(output.last_hidden_state.mean(dim=1, dtype=torch.float32))
 
     def see_layer(layer_idx: int, module, args, output: Tensor) -> None:
         device = output.device  # [n, L, D]
         index, count = kept_pos.to(device), lengths.to(device)
         is_padding = torch.arange(output.shape[1], device=device) >= count[:, None]  # [n, L]
         tokens = output.masked_fill(is_padding[:, :, None], 0)
-        captured.sums[layer_idx] = tokens.sum(dim=1, dtype=torch.float32)
-        captured.kept[layer_idx] = output[torch.arange(len(index), device=device), index].float()
+        sums[layer_idx] = tokens.sum(dim=1, dtype=torch.float32)
+        kept[layer_idx] = output[torch.arange(len(index), device=device), index].float()
 
     try:
         handles.append(model.model.vision_tower.register_forward_hook(see_tower))
         for i in layers:
             hook = functools.partial(see_layer, i)
             handles.append(model.model.language_model.layers[i].register_forward_hook(hook))
-        yield captured
+        yield patches, kept, sums
     finally:
         for handle in handles:
             handle.remove()
@@ -849,7 +834,7 @@ class Extractor:
         kept_pos = torch.full_like(lengths, prompter.soft_stop - 1)
         pixel_values = torch.stack([picture.pixel_values for picture in chunk])
         self._cache = DynamicCache()  # without a config it keeps every position of every layer
-        with capture(self.model, self.layers, kept_pos, lengths) as captured:
+        with capture(self.model, self.layers, kept_pos, lengths) as seen:
             self.model.model(
                 input_ids=input_ids,
                 pixel_values=pixel_values.to(self.device),
@@ -857,8 +842,9 @@ class Extractor:
                 past_key_values=self._cache,
                 use_cache=True,
             )
-        patches = captured.patches[0].cpu().numpy()  # [images, D_v]
-        kept, sums = to_numpy(captured.kept), to_numpy(captured.sums)  # [images, layers, D]
+        (patches,), kept, sums = seen
+        patches = patches.cpu().numpy()  # [images, D_v]
+        kept, sums = to_numpy(kept), to_numpy(sums)  # [images, layers, D]
         for i, picture in enumerate(chunk):
             states = (picture.image_sha256, patches[i], kept[i], sums[i])
             self._waiting.extend((Live(question, *states), i) for question in picture.questions)
@@ -909,10 +895,9 @@ class Extractor:
         lengths = torch.tensor([len(tokens) for tokens in own])
         input_ids = nn.utils.rnn.pad_sequence(own, batch_first=True)  # [n, L], on the right
         pos = num_prefix + torch.arange(input_ids.shape[1]).expand_as(input_ids)
-        with capture(self.model, self.layers, lengths - 1, lengths) as captured:
+        with capture(self.model, self.layers, lengths - 1, lengths) as (_, kept, sums):
             hidden = self._forward(start, input_ids, pos)  # [n, L, D]
-        query_tokens, own_sums = to_numpy(captured.kept), to_numpy(captured.sums)
-        for live, query_token, own_sum in zip(lives, query_tokens, own_sums, strict=True):
+        for live, query_token, own_sum in zip(lives, to_numpy(kept), to_numpy(sums), strict=True):
             live.query_token, live.token_sum = query_token, live.token_sum + own_sum
         if not self.max_new_tokens:
             return [self._finish(lane, is_truncated=False) for lane in range(start, stop)]
@@ -949,7 +934,7 @@ class Extractor:
         return output.last_hidden_state
 
     def _choose_tokens(self, hidden: Tensor) -> tuple[list, list, Tensor]:
-        """The likeliest tokens, their log-probabilities, and the logits, of normed states [n, D]."""
+        """Of normed states [n, D] the likeliest tokens, log-probabilities, and the logits."""
         logits = self.model.lm_head(hidden).float()  # [n, vocabulary]
         best, tokens = logits.max(dim=-1)
         columns = torch.stack([tokens.double(), (best - logits.logsumexp(dim=-1)).double()])
@@ -1330,16 +1315,6 @@ class StopSignal:
             self.status, self._since = 130 if signum == signal.SIGINT else 143, time.monotonic()
 
 
-@dataclass(eq=False)
-class OpenPart:
-    """A part that this process gathers."""
-
-    number: int
-    waiting: dict[str, Row]  # by question_id, those without an outcome yet
-    samples: list[Sample] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
-
-
 class Recorder:
     """Gathers outcomes by part, and writes each part with its last one, beside the model.
 
@@ -1352,52 +1327,55 @@ class Recorder:
         self.writer: PartWriter | None = None  # set before the first outcome
         self._lock = lock
         self._planned = planned
-        self._open: dict[str, OpenPart] = {}  # by the question_id of each row without an outcome
+        self._waiting: dict[str, tuple[int, Row]] = {}  # by question_id: part, row
+        self._outcomes: dict[int, list[Sample | Failure]] = {}  # by part
+        self._num_expected: dict[int, int] = {}  # by part
         self._thread = ThreadPoolExecutor(1)
         self._saving: Future = self._thread.submit(lambda: None)
 
     def expect(self, number: int, rows: list[Row]) -> None:
         """Part `number` is this process's; these rows are missing in it."""
-        part = OpenPart(number, {row.question_id: row for row in rows})
-        self._open.update(dict.fromkeys(part.waiting, part))
+        self._outcomes[number], self._num_expected[number] = [], len(rows)
+        self._waiting.update((row.question_id, (number, row)) for row in rows)
 
     def waiting(self) -> list[Row]:
         """The rows that are expected and have no outcome yet, in the order of the plan."""
-        return [part.waiting[question_id] for question_id, part in self._open.items()]
+        return [row for _, row in self._waiting.values()]
 
     def record(self, outcome: Sample | Failure) -> None:
         """Take an outcome."""
         has_failed = isinstance(outcome, Failure)
         row = outcome.row if has_failed else outcome.question.row
-        part = self._open.pop(row.question_id)
-        del part.waiting[row.question_id]
-        (part.failures if has_failed else part.samples).append(outcome)
+        number, _ = self._waiting.pop(row.question_id)
+        self._outcomes[number].append(outcome)
         self.num_failed += has_failed
         self.num_extracted += not has_failed
-        if not part.waiting:
-            self._save(part)
+        if len(self._outcomes[number]) == self._num_expected[number]:
+            self._save(number)
         elif self._saving.done():
             self._saving.result()
 
     def finish(self) -> None:
         """Write what there is of the parts in hand."""
-        for part in dict.fromkeys(self._open.values()):
-            if part.samples or part.failures:
-                self._save(part)
+        for number in list(self._outcomes):
+            self._save(number)
         self._saving.result()
 
-    def _save(self, part: OpenPart) -> None:
+    def _save(self, number: int) -> None:
         self._saving.result()
-        self._saving = self._thread.submit(self._write, part)
+        self._saving = self._thread.submit(self._write, number, self._outcomes.pop(number))
 
-    def _write(self, part: OpenPart) -> None:
-        path = self._lock.output_dir / PART_NAME.format(part.number)
-        if part.samples or not (part.waiting or path.exists()):
-            self.writer.write(path, self._planned[part.number], part.samples)
-        settled = {sample.question.row.question_id for sample in part.samples}
-        settled |= {failure.row.question_id for failure in part.failures}
+    def _write(self, number: int, outcomes: list[Sample | Failure]) -> None:
+        path = self._lock.output_dir / PART_NAME.format(number)
+        failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+        samples = [outcome for outcome in outcomes if isinstance(outcome, Sample)]
+        is_whole = len(outcomes) == self._num_expected[number]
+        if samples or (is_whole and not path.exists()):
+            self.writer.write(path, self._planned[number], samples)
+        settled = {one.row.question_id for one in failures}
+        settled |= {one.question.row.question_id for one in samples}
         with self._lock.failures():
-            update_failures(self._lock.output_dir, lambda q: q not in settled, part.failures)
+            update_failures(self._lock.output_dir, lambda q: q not in settled, failures)
 
 
 def describe_run(
@@ -1739,7 +1717,6 @@ def read_options(words: list[str]) -> Options:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     dtypes, cores = list(TEST_BOUNDS), min(8, len(os.sched_getaffinity(0)))
-
     columns = "the CSV's columns: question_id, image_id|image_name, question, answer|gt_answer"
     add = parser.add_argument_group("what to read and where to write", columns).add_argument
     add("--vqa-dataset", type=Path, required=True, metavar="CSV", help="a line a question")
@@ -1747,7 +1724,6 @@ def read_options(words: list[str]) -> Options:
     add("--output-dir", type=Path, default="output", metavar="DIR", help="for parts (%(default)s)")
     add("--overwrite", action="store_true", help="start afresh: delete what this program wrote")
     add("--test", action="store_true", help="first 3 rows, then checks, and time and disk for all")
-
     add = parser.add_argument_group("the model").add_argument
     add("--model", default="google/gemma-3-12b-it", help="on the hub, or a directory (%(default)s)")
     add("--revision", default="main", help="branch, tag or commit on the hub (%(default)s)")
@@ -1755,13 +1731,11 @@ def read_options(words: list[str]) -> Options:
     add("--device", default="cuda", help="cuda, cpu or any torch device (%(default)s)")
     add("--device-map", choices=["auto"], help="spread one model over all visible GPUs")
     add("--dtype", choices=[*dtypes, "float16"], default="bfloat16", help="(%(default)s)")
-
     add = parser.add_argument_group("what is extracted").add_argument
     layers = "negative: from the end (default: first, quarters and last)"
     add("--layers", type=layer_list, metavar="I,J|all", help=layers)
     tokens = "limit of an answer; 0: none (%(default)s)"
     add("--max-new-tokens", type=int, default=200, metavar="N", help=tokens)
-
     add = parser.add_argument_group("how it is run and stored").add_argument
     size = "questions answered side by side; auto: what suits the device (%(default)s)"
     auto = {"type": lambda text: None if text == "auto" else positive(text), "default": "auto"}
@@ -1772,7 +1746,6 @@ def read_options(words: list[str]) -> Options:
     add("--checkpoint-interval", type=positive, default=1000, metavar="N", help=interval)
     packing = {"choices": ["none", "gzip", "lzf"], "default": "none"}
     add("--compression", **packing, help="of the vectors (%(default)s)")
-
     options = parser.parse_args(words)
     if options.dtype == "float16":
         parser.error("argument --dtype: Gemma 3's states pass float16's 65504; take bfloat16")

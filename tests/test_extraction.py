@@ -300,9 +300,9 @@ def break_decoding_hooks(monkeypatch):
 
     def broken(self):
         lives, zeros = list(self._live), torch.zeros(len(self._live), dtype=torch.long)
-        with script.capture(self.model, self.layers, zeros, zeros + 1) as captured:
+        with script.capture(self.model, self.layers, zeros, zeros + 1) as (_, kept, _):
             outcomes = decode(self)
-        for live, query_token in zip(lives, script.to_numpy(captured.kept), strict=True):
+        for live, query_token in zip(lives, script.to_numpy(kept), strict=True):
             if live:
                 live.query_token = query_token
         return outcomes
