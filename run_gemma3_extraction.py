@@ -66,10 +66,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+import transformers
+from accelerate.utils import get_max_memory
+from huggingface_hub import snapshot_download
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 # ────────────────────────────────────────── constants ──────────────────────────────────────────
 SCHEMA_VERSION = 3
@@ -94,6 +99,7 @@ IDENTITY = (
     *("schema_version", "model_revision", "dtype", "layers", "max_new_tokens", "prompt"),
     "checkpoint_interval",
 )
+FILTERS = {"gzip": (h5py.h5z.FILTER_DEFLATE, 0, (1,)), "lzf": (h5py.h5z.FILTER_LZF, 1)}
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 RANK, NUM_RANKS = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 MAX_FAILED_IMAGES = 25  # the first that the model sees: then something is wrong with all of them
@@ -108,6 +114,7 @@ MAX_PASS_TOKENS = 8192  # of a prefill pass
 MAX_PASS_IMAGES = 8  # of an encoding pass on an accelerator; a CPU is faster one by one
 TYPICAL_QUESTION = 64  # tokens behind the prefix; no result depends on it
 
+PLAIN_NORM = Gemma3RMSNorm.forward
 Options = argparse.Namespace  # what `read_options` makes of the command line
 log = logging.getLogger("gemma3_extraction")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we refuse such images ourselves
@@ -221,12 +228,6 @@ def find_columns(header: list[str]) -> dict[str, str]:
     return columns
 
 
-def hash_rows(rows: list[Row]) -> str:
-    """sha256 over the four columns used."""
-    texts = json.dumps([dataclasses.astuple(row) for row in rows])
-    return hashlib.sha256(texts.encode()).hexdigest()
-
-
 def group_by_image(rows: Iterable[Row]) -> list[list[Row]]:
     """The rows of every image, images as they first appear."""
     by_image: dict[str, list[Row]] = {}
@@ -292,8 +293,6 @@ def check_images(rows: list[Row], images_dir: Path) -> None:
 @contextlib.contextmanager
 def explain_load_errors(model: str) -> Iterator[None]:
     """Turn what is raised for a missing, gated or broken model into one line."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except torch.OutOfMemoryError:
@@ -314,8 +313,6 @@ def find_model(options: Options) -> tuple[Path, str]:
     Of a hub's model they are a snapshot in `--cache-dir` and its commit; the revision of a local
     directory is a hash of its files' names, sizes and contents, of large ones by samples.
     """
-    from huggingface_hub import snapshot_download
-
     name, directory = options.model, Path(options.model)
     if not directory.is_dir():
         if name.startswith(("/", ".", "~")) or name.count("/") > 1:
@@ -337,8 +334,6 @@ def find_model(options: Options) -> tuple[Path, str]:
 
 def fetch_weights(options: Options, directory: Path) -> None:
     """Download the weights of a hub's model, unless they are all there."""
-    from huggingface_hub import snapshot_download
-
     index_path, needed = directory / "model.safetensors.index.json", {"model.safetensors"}
     if index_path.exists():
         needed = set(json.loads(index_path.read_text())["weight_map"].values())
@@ -349,16 +344,14 @@ def fetch_weights(options: Options, directory: Path) -> None:
 
 def load_processor(directory: Path):
     """The model's config and processor: small files, enough to plan and check a run."""
-    from transformers import AutoConfig, AutoProcessor
-
-    config = AutoConfig.from_pretrained(directory)
+    config = transformers.AutoConfig.from_pretrained(directory)
     if config.model_type != "gemma3":
         raise ValueError(f"its type is {config.model_type}; expected gemma3 (4B, 12B or 27B)")
     if quantised := getattr(config, "quantization_config", None):
         method = dict(quantised).get("quant_method", "a method")
         raise ValueError(f"quantised weights ({method}) are not supported; take the original")
     # With torchvision's back end pixels differ by 1/255 in places; Pillow is always there.
-    return config, AutoProcessor.from_pretrained(directory, backend="pil")
+    return config, transformers.AutoProcessor.from_pretrained(directory, backend="pil")
 
 
 def check_device(name: str) -> torch.device:
@@ -396,14 +389,9 @@ def short_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
 
 def load_model(options: Options, directory: Path, config, device: torch.device):
     """The whole model, in evaluation mode, its weights from safetensors and complete."""
-    import transformers
-    from transformers.models.gemma3 import modeling_gemma3
-
     torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
     torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for every length, 23 to 37 ms each
-    norm = modeling_gemma3.Gemma3RMSNorm
-    norm.plain_forward = getattr(norm, "plain_forward", norm.forward)
-    norm.forward = short_norm
+    Gemma3RMSNorm.forward = short_norm
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     model, report = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -416,30 +404,24 @@ def load_model(options: Options, directory: Path, config, device: torch.device):
     )
     if absent := sorted(report["missing_keys"]) + sorted(report["mismatched_keys"]):
         raise ValueError(f"{len(absent)} weights are missing or misshapen, first {absent[0]}")
-    places = getattr(model, "hf_device_map", {}).items()
-    hosted = [model.get_submodule(name) for name, place in places if place in ("cpu", "disk")]
-    if hosted and device.type != "cpu":
-        weights = {weight for module in hosted for weight in module.parameters()}
-        size = sum(weight.numel() * weight.element_size() for weight in weights)
-        log.info("%.2f GiB of weights stay in host memory, which is slower", size / 2**30)
     return model.eval()
 
 
 def place_weights(options: Options, config, device: torch.device) -> dict:
     """For transformers: what does not fit on the cards beside the work stays in host memory."""
-    from accelerate.utils import get_max_memory
-    from transformers import AutoModelForImageTextToText
-
     if device.type != "cuda":
         return {"device_map": options.device_map or {"": device}}
     with torch.device("meta"):
-        num_weights = AutoModelForImageTextToText.from_config(config).num_parameters()
+        model = transformers.AutoModelForImageTextToText.from_config(config)
     itemsize = getattr(torch, options.dtype).itemsize
     cards = range(torch.cuda.device_count()) if options.device_map else [device.index]
     needed = pass_memory(config, itemsize)
     room = {card: int(0.9 * torch.cuda.mem_get_info(card)[0] - needed) for card in cards}
-    if not options.device_map and room[device.index] >= num_weights * itemsize:
+    num_hosted = model.num_parameters() * itemsize - sum(room.values())
+    if not options.device_map and num_hosted <= 0:
         return {"device_map": {"": device}}
+    if num_hosted > 0:
+        log.info("%.1f GiB of the weights stay in host memory: slower", num_hosted / 2**30)
     return {"device_map": "auto", "max_memory": room | {"cpu": get_max_memory()["cpu"]}}
 
 
@@ -672,7 +654,7 @@ class Lanes:
 
 
 class LaneView:
-    """The lanes of one pass as transformers' cache: n lanes from `start` on, L tokens each."""
+    """The lanes of one pass, n from `start` on, as transformers' layers want a cache."""
 
     def __init__(self, lanes: Lanes, start: int, pos: Tensor, num_slots: int) -> None:
         self._layers = [layer[:, start : start + len(pos)] for layer in lanes.layers]
@@ -681,13 +663,9 @@ class LaneView:
         self._index = torch.arange(len(pos), device=pos.device)[:, None]  # [n, 1]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_, **__) -> tuple:
-        """Store the tokens' [n, kv_heads, L, head_dim]; all that their lanes hold, [.., slots, ..].
-
-        Of a cache transformers' layers call this, and nothing else.
-        """
-        lanes, index, pos = self._layers[layer_idx], self._index, self._pos
-        if pos.device != keys.device:
-            index, pos = index.to(keys.device), pos.to(keys.device)
+        """Store the tokens' [n, kv_heads, L, head_dim]; gives all that their lanes hold."""
+        lanes = self._layers[layer_idx]  # [2, n, kv_heads, slots, head_dim]
+        index, pos = self._index.to(keys.device), self._pos.to(keys.device)
         lanes[0][index, :, pos] = keys.transpose(1, 2)  # [n, L, kv_heads, head_dim]
         lanes[1][index, :, pos] = values.transpose(1, 2)
         return lanes[0, :, :, : self._num_slots], lanes[1, :, :, : self._num_slots]
@@ -737,13 +715,7 @@ class Extractor:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        prompter: Prompter,
-        layers: list[int],
-        max_new_tokens: int,
-        batch_size: int,
-        device: torch.device,
+        self, model, prompter: Prompter, layers: list, max_new_tokens: int, batch_size: int, device
     ) -> None:
         self.model = model
         self.prompter = prompter
@@ -789,7 +761,8 @@ class Extractor:
         num_before = len(self._live)
         while len(self._live) < self.batch_size:
             if not self._waiting:
-                chunk = self._take_pictures(pictures)
+                num_images = min(self.batch_size, self.max_pass_images)
+                chunk = list(itertools.islice(pictures, num_images))
                 if not chunk:
                     break
                 self._encode(chunk)
@@ -813,27 +786,16 @@ class Extractor:
             self._live[target] = self._live[source]
         del self._live[num_live:]
 
-    def _take_pictures(self, pictures: Iterator[Picture]) -> list[Picture]:
-        """The next images to encode together: no more than free lanes need."""
-        chunk, num_questions = [], len(self._live)
-        while num_questions < self.batch_size and len(chunk) < self.max_pass_images:
-            picture = next(pictures, None)
-            if picture is None:
-                break
-            chunk.append(picture)
-            num_questions += len(picture.questions)
-        return chunk
-
     def _encode(self, chunk: list[Picture]) -> None:
         """Run images through the tower, and the prefix with them through the decoder."""
-        from transformers import DynamicCache
-
         prompter = self.prompter
         input_ids = torch.tensor([prompter.prefix] * len(chunk), device=self.device)
         lengths = torch.full((len(chunk),), len(prompter.prefix), device=self.device)
         kept_pos = torch.full_like(lengths, prompter.soft_stop - 1)
         pixel_values = torch.stack([picture.pixel_values for picture in chunk])
-        self._cache = DynamicCache()  # without a config it keeps every position of every layer
+        self._cache = (
+            transformers.DynamicCache()
+        )  # without a config it keeps every position of every layer
         with capture(self.model, self.layers, kept_pos, lengths) as seen:
             self.model.model(
                 input_ids=input_ids,
@@ -843,8 +805,7 @@ class Extractor:
                 use_cache=True,
             )
         (patches,), kept, sums = seen
-        patches = patches.cpu().numpy()  # [images, D_v]
-        kept, sums = to_numpy(kept), to_numpy(sums)  # [images, layers, D]
+        patches, kept, sums = patches.cpu().numpy(), to_numpy(kept), to_numpy(sums)
         for i, picture in enumerate(chunk):
             states = (picture.image_sha256, patches[i], kept[i], sums[i])
             self._waiting.extend((Live(question, *states), i) for question in picture.questions)
@@ -903,8 +864,8 @@ class Extractor:
             return [self._finish(lane, is_truncated=False) for lane in range(start, stop)]
         last = hidden[torch.arange(len(lives)), lengths - 1]  # [n, D]
         tokens, logprobs, logits = self._choose_tokens(last)
-        entropies = torch.distributions.Categorical(logits=logits).entropy().tolist()
-        for live, entropy in zip(lives, entropies, strict=True):
+        first_token = torch.distributions.Categorical(logits=logits, validate_args=False)
+        for live, entropy in zip(lives, first_token.entropy().tolist(), strict=True):
             live.entropy = entropy
         return self._add_tokens(start, tokens, logprobs)
 
@@ -992,9 +953,8 @@ def group_name(question_id: str) -> str:
 
 
 def put_in_place(path: Path, content: bytes | memoryview) -> None:
-    """Write a file under another name and rename it, once it is safe on the disk.
-
-    A crash at any moment leaves the old file or the new one, whole; so does an OSError.
+    """Write a file under another name and rename it, once it is safe on the disk: a crash or an
+    OSError at any moment leaves the old file or the new one, whole.
     """
     partial = path.with_suffix(".partial")
     try:
@@ -1036,18 +996,13 @@ def vector_layout(width: int, compression: str) -> tuple:
     if compression != "none":
         layout.set_chunk((width,))
         layout.set_shuffle()
-    if compression == "gzip":
-        layout.set_deflate(1)
-    elif compression == "lzf":
-        layout.set_filter(h5py.h5z.FILTER_LZF, h5py.h5z.FLAG_OPTIONAL)
+        layout.set_filter(*FILTERS[compression])
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     links.set_create_intermediate_group(True)
     return h5py.h5s.create_simple((width,)), layout, links
 
 
-def write_sample(
-    part: h5py.File, sample: Sample, prompter: Prompter, compression: str = "none"
-) -> None:
+def write_sample(part: h5py.File, sample: Sample, prompter: Prompter, compression: str) -> None:
     """Add a sample's group to a part."""
     row, num_tokens = sample.question.row, len(sample.question.input_ids)
     vectors = dict(sample.vectors)
@@ -1088,10 +1043,8 @@ class PartWriter:
         self._compression = compression
 
     def write(self, path: Path, planned: list[Row], samples: Iterable[Sample]) -> None:
-        """Write a part: what is stored in its file already, and new samples.
-
-        Raises OSError: it could not be written; ExtractionError: the old one could not be read.
-        In both cases the old one stays as it is.
+        """Write a part: what is stored in its file already, and new samples. Raises OSError or
+        ExtractionError: the old one stays as it is.
         """
         new = {group_name(sample.question.row.question_id): sample for sample in samples}
         order = [group_name(row.question_id) for row in planned]
@@ -1126,9 +1079,8 @@ def tell_differences(was: dict, now: dict) -> str:
 
 
 def count_other_truths(path: Path, part: h5py.File, by_name: dict[str, Row]) -> int:
-    """How many stored ground truths are not the CSV's.
-
-    Raises ExtractionError: a question or image_id is another, and vectors depend on those.
+    """How many stored ground truths are not the CSV's. Raises ExtractionError: a question or
+    image_id is another, and vectors depend on those.
     """
     count = 0
     for name in filter(by_name.__contains__, part):
@@ -1158,11 +1110,13 @@ def scan_parts(output_dir: Path, settings: dict, rows: Iterable[Row] = ()) -> se
         with open_part(path) as part:
             stored = {name: np.asarray(value).tolist() for name, value in part.attrs.items()}
             if differences := tell_differences(stored, {name: settings[name] for name in IDENTITY}):
+                advice = "go on with the old ones, choose another --output-dir, or --overwrite"
+                if "schema_version" in differences:
+                    advice = (
+                        "older ones can be inspected, not continued: choose another --output-dir"
+                    )
                 raise ExtractionError(
-                    f"{path} was written with other settings: {differences} | go on with the old "
-                    "ones, choose another --output-dir, or --overwrite"
-                    + f"; samples of version {stored.get('schema_version')} stand in another order"
-                    * (stored.get("schema_version") != SCHEMA_VERSION)
+                    f"{path} was written with other settings: {differences} | {advice}"
                 )
             if stored["num_samples"] != len(part):
                 raise ValueError(f"{len(part)} samples; expected {stored['num_samples']}")
@@ -1177,13 +1131,8 @@ def scan_parts(output_dir: Path, settings: dict, rows: Iterable[Row] = ()) -> se
     return set(owners)
 
 
-def update_failures(
-    output_dir: Path, is_missing: Callable[[str], bool], new: Iterable[Failure] = ()
-) -> None:
-    """Keep of `failed_samples.csv` the question_ids that are still missing, and add new failures.
-
-    No failures, no file; a line that somebody spoilt goes.
-    """
+def update_failures(output_dir: Path, is_missing: Callable, new: Iterable[Failure] = ()) -> None:
+    """Keep of `failed_samples.csv` what is still missing, and add new failures."""
     path, header = output_dir / FAILED_NAME, ["question_id", "image_id", "error"]
     before: list[list[str]] = []
     with contextlib.suppress(FileNotFoundError, csv.Error):
@@ -1197,13 +1146,6 @@ def update_failures(
         put_in_place(path, table.getvalue().encode(errors="backslashreplace"))
     else:
         path.unlink(missing_ok=True)
-
-
-def remove_files(output_dir: Path, everything: bool) -> None:
-    """Delete what a killed run left half written, or everything this program ever wrote here."""
-    for path in output_dir.iterdir():
-        if OUR_FILES.fullmatch(path.name) and (everything or path.suffix == ".partial"):
-            path.unlink()
 
 
 # ─────────────────────────────────── processes on one output ───────────────────────────────────
@@ -1245,10 +1187,7 @@ class OutputLock:
         return True
 
     def enter(self, settings: dict) -> bool:
-        """Enter the directory. True for who is alone there: it is to check all, and `share`.
-
-        Raises ExtractionError: those who are at work have other settings or rows.
-        """
+        """Enter the directory. True for who is alone there: it is to check all, and `share`."""
         while not self._lock(self.ALONE, 0):
             if self._lock(self.SHARED, 0):
                 there = json.loads((self.output_dir / "settings.json").read_bytes())
@@ -1287,44 +1226,43 @@ class OutputLock:
 
 
 # ─────────────────────────────────────────── the run ───────────────────────────────────────────
-class StopSignal:
-    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 (Slurm's early warning), unless they are ignored.
-
-    Within `with` they are a wish to stop: `status` is then the exit status. Ctrl-C once more ends
-    the process at once.
+@contextlib.contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """Within this, Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 (Slurm's early warning), unless they are
+    ignored, are wishes to stop: the list holds their exit statuses. Ctrl-C once more is the end.
     """
+    asked: list[int] = []
+    last_time = math.inf
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    status = 0
-    _since = 0.0
-
-    def __enter__(self) -> StopSignal:
-        caught = [signum for signum in self.SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
-        self._before = {signum: signal.signal(signum, self._receive) for signum in caught}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _receive(self, signum: int, _frame) -> None:
+    def receive(signum: int, frame) -> None:
+        nonlocal last_time
         # A launcher passes on the Ctrl-C that the terminal has sent already: not a second one.
-        if self.status and signum == signal.SIGINT and time.monotonic() - self._since > 1:
+        if signum == signal.SIGINT and time.monotonic() - last_time > 1:
             os._exit(130)
-        if not self.status:
-            self.status, self._since = 130 if signum == signal.SIGINT else 143, time.monotonic()
+        asked.append(130 if signum == signal.SIGINT else 143)
+        last_time = min(last_time, time.monotonic())
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    caught = [signum for signum in signals if signal.getsignal(signum) != signal.SIG_IGN]
+    before = {signum: signal.signal(signum, receive) for signum in caught}
+    try:
+        yield asked
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 class Recorder:
     """Gathers outcomes by part, and writes each part with its last one, beside the model.
 
     Answers end in another order than the plan's, so several parts are open at once; one at a time
-    is written. What went wrong there comes out of a later call, as OSError or ExtractionError.
+    is written. What went wrong there comes out of a later call.
     """
 
     def __init__(self, lock: OutputLock, planned: dict[int, list[Row]]) -> None:
         self.num_extracted = self.num_failed = 0
-        self.writer: PartWriter | None = None  # set before the first outcome
+        self.writer: PartWriter | None = None  # both set before the first outcome
+        self.bar: tqdm | None = None
         self._lock = lock
         self._planned = planned
         self._waiting: dict[str, tuple[int, Row]] = {}  # by question_id: part, row
@@ -1350,6 +1288,8 @@ class Recorder:
         self._outcomes[number].append(outcome)
         self.num_failed += has_failed
         self.num_extracted += not has_failed
+        self.bar.set_postfix(failed=self.num_failed, refresh=False)
+        self.bar.update()
         if len(self._outcomes[number]) == self._num_expected[number]:
             self._save(number)
         elif self._saving.done():
@@ -1378,13 +1318,9 @@ class Recorder:
             update_failures(self._lock.output_dir, lambda q: q not in settled, failures)
 
 
-def describe_run(
-    options: Options, revision: str, config, prompter: Prompter, rows: list[Row], device
-) -> dict:
+def describe_run(options: Options, revision: str, config, prompter: Prompter, rows, device) -> dict:
     """The root attributes of every part; those in `IDENTITY` may not change."""
-    import transformers
-
-    decoder = config.text_config
+    decoder, texts = config.text_config, json.dumps([dataclasses.astuple(row) for row in rows])
     described = {
         "model_name": options.model,
         "model_revision": revision,
@@ -1404,7 +1340,7 @@ def describe_run(
         "schema_version": SCHEMA_VERSION,
         "checkpoint_interval": options.checkpoint_interval,
         "dataset": options.vqa_dataset.name,
-        "dataset_sha256": hash_rows(rows),
+        "dataset_sha256": hashlib.sha256(texts.encode()).hexdigest(),
     }
     if device.type == "cuda":
         described["device_name"] = torch.cuda.get_device_name(device)
@@ -1414,10 +1350,10 @@ def describe_run(
 
 def open_output(
     options: Options, lock: OutputLock, settings: dict, rows: list[Row], sample_size: int
-) -> tuple[dict[int, list[Row]], dict[int, list[Row]]]:
+) -> tuple[dict, dict]:
     """Enter the directory and look at what is there: the plan, and the rows missing in each part.
 
-    Raises ExtractionError: in use, of another run, or too small for what is to come; OSError.
+    Raises ExtractionError: in use, of another run, or too small for what is to come.
     """
     output_dir, planned = options.output_dir, plan_parts(rows, options.checkpoint_interval)
     identity = {name: settings[name] for name in (*IDENTITY, "dataset_sha256")}
@@ -1433,17 +1369,17 @@ def open_output(
     wanted = rows[:NUM_TEST_ROWS] if options.test else rows
     to_do = unstored.intersection(row.question_id for row in wanted)
     if is_alone:
-        remove_files(output_dir, everything=False)
-        free, needed = shutil.disk_usage(output_dir).free, len(to_do) * sample_size
-        if options.overwrite:
-            ours = [path for path in output_dir.iterdir() if OUR_FILES.fullmatch(path.name)]
-            free += sum(path.stat().st_size for path in ours)
-        if needed > free:
+        ours = [path for path in output_dir.iterdir() if OUR_FILES.fullmatch(path.name)]
+        going = [path for path in ours if options.overwrite or path.suffix == ".partial"]
+        free = shutil.disk_usage(output_dir).free + sum(path.stat().st_size for path in going)
+        if len(to_do) * sample_size > free:
             raise ExtractionError(
-                f"{output_dir} has {free / 1e6:.1f} MB free; the run needs {needed / 1e6:.1f} MB "
-                "| make room, choose another --output-dir, or --compression gzip"
+                f"{output_dir} has {free / 1e6:.1f} MB free; the run needs "
+                f"{len(to_do) * sample_size / 1e6:.1f} MB | make room, choose another "
+                "--output-dir, or --compression gzip"
             )
-        remove_files(output_dir, everything=options.overwrite)
+        for path in going:
+            path.unlink()
         with lock.failures():
             update_failures(output_dir, unstored.__contains__)
         lock.share(identity)
@@ -1454,9 +1390,8 @@ def open_output(
 def claim_parts(
     lock: OutputLock, missing: dict[int, list[Row]], recorder: Recorder
 ) -> Iterator[list[Row]]:
-    """The missing rows of parts that no other process has, which the recorder is told to expect.
-
-    Those that others have are tried again at the end: what a process that died had is free again.
+    """The missing rows of parts that no other process has, which the recorder is told to expect;
+    at the end once more of the others, as what a process that died had is free again.
     """
     left, has_claimed = dict(missing), True
     while has_claimed:
@@ -1475,18 +1410,12 @@ def claim_parts(
 
 
 def work_through(
-    options: Options,
-    extractor: Extractor,
-    parts: Iterator[list[Row]],
-    recorder: Recorder,
-    bar: tqdm,
-    stop: StopSignal,
+    options: Options, extractor: Extractor, parts: Iterator, recorder: Recorder, stops: list[int]
 ) -> None:
     """Extract the rows of all parts, or until it is to stop.
 
     Where the device's memory runs short, half the batch goes on with the rows that have no outcome
     yet; a question that does not fit alone fails, and batches are as large as before it again.
-    Raises ExtractionError, OSError, RuntimeError: it could not go on.
     """
     last_good, is_done, failed_images = extractor.batch_size, False, set()
     while not is_done:
@@ -1504,9 +1433,7 @@ def work_through(
                             f"the first {len(failed_images)} images that the model saw all failed: "
                             f"something is wrong with all of them | the last: {outcomes[-1].error}"
                         )
-                    bar.set_postfix(failed=recorder.num_failed, refresh=False)
-                    bar.update(recorder.num_extracted + recorder.num_failed - bar.n)
-                    if stop.status:
+                    if stops:
                         break
             is_done = True
         except RuntimeError as error:
@@ -1522,10 +1449,7 @@ def work_through(
 
 
 def extract(options: Options) -> int:
-    """Run an extraction, from the CSV to the last part; the exit status.
-
-    Raises ExtractionError: it could not start or go on; OSError: a file failed.
-    """
+    """Run an extraction, from the CSV to the last part; the exit status."""
     rows = read_rows(options.vqa_dataset)
     check_images(rows, options.images_dir)
     device = check_device(options.device)
@@ -1557,16 +1481,16 @@ def extract(options: Options) -> int:
         recorder.writer = PartWriter(settings, prompter, options.compression)
         start, interval = time.monotonic(), 0.5 if sys.stderr.isatty() else 30
         style = {"unit": " samples", "smoothing": 0, "mininterval": interval, "disable": RANK > 0}
-        with StopSignal() as stop, logging_redirect_tqdm([log]):
+        with catch_signals() as stops, logging_redirect_tqdm([log]):
             try:
-                with tqdm(total=num_missing, **style) as bar:
-                    work_through(options, extractor, parts, recorder, bar, stop)
+                with tqdm(total=num_missing, **style) as recorder.bar:
+                    work_through(options, extractor, parts, recorder, stops)
             finally:
                 recorder.finish()
         seconds = time.monotonic() - start
-        if stop.status:
+        if stops:
             log.warning("stopped; what was done is saved, and the same command goes on from there")
-            return stop.status
+            return stops[0]
         is_sound = not options.test or RANK or report_test(options, settings, extractor, rows)
         status = summarise(recorder, num_rows, num_missing, seconds)
         return status if is_sound else 1
@@ -1594,23 +1518,18 @@ def summarise(recorder: Recorder, num_rows: int, num_missing: int, seconds: floa
 def plain_forward(extractor: Extractor, image: Image.Image, question: str, has_mask: bool = True):
     """The same prompt by transformers alone: its own norm, no cache, no hook, nothing shared.
 
-    Returns input_ids [T], the mean of the patches [D_v], and the output of every decoder layer
-    [num_layers, T, D], the last one's before the final norm.
+    Gives input_ids [T], the patches' mean [D_v], and every layer's output [num_layers, T, D].
     """
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
-
-    model, content = extractor.model, [{"type": "image", "image": image}]
-    inputs = extractor.prompter.processor.apply_chat_template(
-        [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-    ).to(extractor.device, model.dtype)
+    model, processor = extractor.model, extractor.prompter.processor
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    how = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    turns = [{"role": "user", "content": content}]
+    inputs = processor.apply_chat_template(turns, add_generation_prompt=True, **how)
+    inputs = inputs.to(extractor.device, model.dtype)
     if not has_mask:
         del inputs["token_type_ids"]
     decoder, norm = model.model.language_model, model.model.language_model.norm
-    decoder.norm, Gemma3RMSNorm.forward = nn.Identity(), Gemma3RMSNorm.plain_forward
+    decoder.norm, Gemma3RMSNorm.forward = nn.Identity(), PLAIN_NORM
     try:
         outputs = model.model(**inputs, output_hidden_states=True, use_cache=False)
     finally:
@@ -1621,10 +1540,8 @@ def plain_forward(extractor: Extractor, image: Image.Image, question: str, has_m
 
 
 def compare_with_plain(options: Options, extractor: Extractor, sample: Sample) -> tuple:
-    """Compare a sample with plain forward passes of its prompt.
-
-    Returns whether they have the same tokens, the relative L2 effect of the image mask at the soft
-    tokens, and the relative L2 error of every vector.
+    """Compare a sample with plain forward passes of its prompt: whether they have the same tokens,
+    the relative L2 effect of the image mask at the soft tokens, that of each vector's error.
     """
     row, prompter = sample.question.row, extractor.prompter
     image, _ = open_image(options.images_dir, row.image_id)
@@ -1717,33 +1634,37 @@ def read_options(words: list[str]) -> Options:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     dtypes, cores = list(TEST_BOUNDS), min(8, len(os.sched_getaffinity(0)))
-    columns = "the CSV's columns: question_id, image_id|image_name, question, answer|gt_answer"
-    add = parser.add_argument_group("what to read and where to write", columns).add_argument
-    add("--vqa-dataset", type=Path, required=True, metavar="CSV", help="a line a question")
+    add = parser.add_argument
+    columns = "with question_id, image_id or image_name, question, answer or gt_answer"
+    add("--vqa-dataset", type=Path, required=True, metavar="CSV", help=columns)
     add("--images-dir", type=Path, required=True, metavar="DIR", help="where image_id names a file")
     add("--output-dir", type=Path, default="output", metavar="DIR", help="for parts (%(default)s)")
     add("--overwrite", action="store_true", help="start afresh: delete what this program wrote")
     add("--test", action="store_true", help="first 3 rows, then checks, and time and disk for all")
-    add = parser.add_argument_group("the model").add_argument
     add("--model", default="google/gemma-3-12b-it", help="on the hub, or a directory (%(default)s)")
     add("--revision", default="main", help="branch, tag or commit on the hub (%(default)s)")
     add("--cache-dir", type=Path, default="model_cache", help="for downloads (%(default)s)")
     add("--device", default="cuda", help="cuda, cpu or any torch device (%(default)s)")
     add("--device-map", choices=["auto"], help="spread one model over all visible GPUs")
     add("--dtype", choices=[*dtypes, "float16"], default="bfloat16", help="(%(default)s)")
-    add = parser.add_argument_group("what is extracted").add_argument
-    layers = "negative: from the end (default: first, quarters and last)"
-    add("--layers", type=layer_list, metavar="I,J|all", help=layers)
-    tokens = "limit of an answer; 0: none (%(default)s)"
-    add("--max-new-tokens", type=int, default=200, metavar="N", help=tokens)
-    add = parser.add_argument_group("how it is run and stored").add_argument
-    size = "questions answered side by side; auto: what suits the device (%(default)s)"
+    add("--layers", type=layer_list, metavar="I,J|all", help="negative: from the end (the five)")
+    add("--max-new-tokens", type=int, default=200, metavar="N", help="0: no answers (%(default)s)")
     auto = {"type": lambda text: None if text == "auto" else positive(text), "default": "auto"}
-    add("--batch-size", **auto, metavar="N|auto", help=size)
-    workers = "threads that prepare images (%(default)s here)"
-    add("--num-workers", type=positive, default=cores, metavar="N", help=workers)
-    interval = "samples per part file (%(default)s)"
-    add("--checkpoint-interval", type=positive, default=1000, metavar="N", help=interval)
+    add("--batch-size", **auto, metavar="N|auto", help="questions side by side (%(default)s)")
+    add(
+        "--num-workers",
+        type=positive,
+        default=cores,
+        metavar="N",
+        help="image threads (%(default)s)",
+    )
+    add(
+        "--checkpoint-interval",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="samples a file (1000)",
+    )
     packing = {"choices": ["none", "gzip", "lzf"], "default": "none"}
     add("--compression", **packing, help="of the vectors (%(default)s)")
     options = parser.parse_args(words)
@@ -1772,10 +1693,8 @@ def main(argv: list[str] | None = None) -> int:
     except ExtractionError as error:
         told = str(error)
     except (OSError, RuntimeError, MemoryError) as error:
-        told = (
-            f"{str(error) or type(error).__name__} | what is in place in {options.output_dir} is "
-            "whole, what could not be written is lost; the same command goes on"
-        )
+        told = f"{str(error) or type(error).__name__} | what {options.output_dir} holds is whole, "
+        told += "what could not be written is lost; the same command goes on"
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             told += ", once there is room"
     log.error("%s", " ".join(told.split()))

@@ -16,7 +16,7 @@ import run_gemma3_extraction as script
 LAYERS = [0, 2, 4, 6, 7]
 MAX_NEW_TOKENS = 40
 CPU = torch.device("cpu")
-PLAIN_NORM = getattr(Gemma3RMSNorm, "plain_forward", Gemma3RMSNorm.forward)
+PLAIN_NORM = script.PLAIN_NORM
 
 
 def make_rows():
@@ -87,7 +87,7 @@ def load(directory, dtype="float32"):
     """The program's own loading: model and prompter."""
     options = make_options(model=str(directory), dtype=dtype, device="cpu")
     path, _ = script.find_model(options)
-    config, processor = script.load_processor(options, path)
+    config, processor = script.load_processor(path)
     model = script.load_model(options, path, config, CPU)
     return model, script.Prompter(processor, config)
 
@@ -547,11 +547,12 @@ def test_masks_follow_the_definition():
             assert masks[kind][row, 0, column, slot] == (0 if is_seen else -math.inf)
 
 
-def test_soft_tokens_must_be_one_run():
-    assert script.find_soft_tokens([2, 9, 9, 9, 5], 9, 3) == (1, 4)
-    for input_ids in ([2, 9, 9, 5], [9, 9, 2, 9], [2, 5], [9, 9, 9, 9]):
-        with pytest.raises(script.RowError, match="expected one run of 3"):
-            script.find_soft_tokens(input_ids, 9, 3)
+def test_soft_tokens_must_be_one_run(processor, model, monkeypatch):
+    text = processor.full_image_sequence
+    for broken in (text + text, text.replace("<image_soft_token>", "", 1), "", "?".join(text[9:])):
+        monkeypatch.setattr(processor, "full_image_sequence", broken)
+        with pytest.raises((ValueError, IndexError)):
+            script.Prompter(processor, model.config)
 
 
 def test_every_special_token_is_refused_in_a_question(processor, prompter):
