@@ -25,15 +25,11 @@ def test_text_survives_to_the_letter(tmp_path):
     assert list(map(dataclasses.astuple, script.read_rows(path))) == odd
 
 
-def test_aliases_order_further_columns_and_what_the_hash_sees(tmp_path):
+def test_aliases_order_and_further_columns(tmp_path):
     rows = [script.Row("01", "a.png", "why?", "007"), script.Row("1", "b.png", "why?", "")]
     header = ("gt_answer", "split", "image_name", "question_id", "question")
     lines = [(row.ground_truth, "x", row.image_id, row.question_id, row.question) for row in rows]
     assert script.read_rows(write_csv(tmp_path / "rows.csv", lines, header)) == rows
-    hashes = {script.hash_rows(rows)}
-    for field in dataclasses.fields(script.Row):
-        hashes.add(script.hash_rows([rows[0], dataclasses.replace(rows[1], **{field.name: "c"})]))
-    assert len({*hashes, script.hash_rows(rows[::-1]), script.hash_rows(rows[:1])}) == 7
 
 
 H = "question_id,image_id,question,answer\n"
@@ -50,10 +46,7 @@ BAD_CSVS = {
     "missing column": ("question_id,image_id,answer\n1,a.png,b\n", r"column question is not .*\]$"),
     "no answers": ("question_id,image_id,question\n1,a.png,b\n", "column answer or gt_answer is"),
     "column twice": ("question_id," + H + "1,1,a.png,q,b\n", "column question_id is there twice"),
-    "alias twice": (
-        "gt_answer," * 2 + H.replace("answer", "more"),
-        "column gt_answer is there twice",
-    ),
+    "alias twice": ("gt_answer,gt_answer," + H[:-8] + "\n", "column gt_answer is there twice"),
     "both answers": ("gt_answer," + H + "b,1,a.png,q,c\n", "gt_answer and answer are both there"),
     "both images": ("image_name," + H + "a,1,a,q,b\n", "image_name and image_id are both there"),
     "open quote": (H + '1,a.png,"q,b\n2,a.png,q,b\n', "line 3.*quotes"),
@@ -61,10 +54,7 @@ BAD_CSVS = {
     "semicolons": (H.replace(",", ";") + "1;a.png;q;b\n", "semicolons or tabs: save.* commas"),
     "tabs": (H.replace(",", "\t") + "1\ta.png\tq\tb\n", "semicolons or tabs: save.* commas"),
     "a space": (H.replace(",", ", ") + "1,a.png,q,b\n", "column image_id .*not there.*' image_id'"),
-    "capitals": (
-        H.replace("question_id", "Question_ID"),
-        "question_id is not there.*'Question_ID'",
-    ),
+    "capitals": (H.replace("question_id", "Question_ID"), "question_id is not there.*'Question_ID"),
     "an alias": (H.replace("image_id", "Image_Name"), "image_name is not there.*'Image_Name'"),
     "latin-1": ((H + "1,a.png,où?,b\n").encode("latin-1"), "rows.csv is not UTF-8"),
     "utf-16": ((H + "1,a.png,où?,b\n").encode("utf-16"), "rows.csv is not UTF-8"),
