@@ -568,17 +568,17 @@ def read_ahead(
 @contextlib.contextmanager
 def capture(
     model: nn.Module, layers: list[int], kept_pos: Tensor, lengths: Tensor
-) -> Iterator[tuple[list[Tensor], dict[int, Tensor], dict[int, Tensor]]]:
+) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Tensor]]]:
     """Forward hooks on the vision tower and the chosen decoder layers, for one pass of n rows.
 
     Gives what they will see, in float32: if the tower runs, the mean over its patches [n, D_v]; by
     layer the token at index `kept_pos` [n] of each row, [n, D]; by layer the sum over a row's first
     `lengths` [n] tokens, [n, D]: what stands behind them is padding.
     """
-    patches, kept, sums, handles = [], {}, {}, []
+    patches, kept, sums, handles = {}, {}, {}, []
 
     def see_tower(module, args, output) -> None:
-        patches.append(output.last_hidden_state.mean(dim=1, dtype=torch.float32))
+        patches[0] = output.last_hidden_state.mean(dim=1, dtype=torch.float32)
 
     def see_layer(layer_idx: int, module, args, output: Tensor) -> None:
         device = output.device  # [n, L, D]
@@ -600,7 +600,7 @@ def capture(
 
 
 def to_numpy(vectors: dict[int, Tensor]) -> np.ndarray:
-    """What was captured by layer, in host memory: [n, layers, D]."""
+    """Tensors [n, ...] side by side, in host memory: [n, tensors, ...]."""
     device = next(iter(vectors.values())).device
     return torch.stack([one.to(device) for one in vectors.values()], dim=1).cpu().numpy()
 
@@ -805,10 +805,9 @@ class Extractor:
                 past_key_values=self._cache,
                 use_cache=True,
             )
-        (patches,), kept, sums = seen
-        patches, kept, sums = patches.cpu().numpy(), to_numpy(kept), to_numpy(sums)
+        patches, kept, sums = map(to_numpy, seen)  # [images, 1, D_v], [images, layers, D] twice
         for i, picture in enumerate(chunk):
-            states = (picture.image_sha256, patches[i], kept[i], sums[i])
+            states = (picture.image_sha256, patches[i, 0], kept[i], sums[i])
             self._waiting.extend((Live(question, *states), i) for question in picture.questions)
 
     def _seat_waiting(self) -> int:
@@ -866,7 +865,8 @@ class Extractor:
         last = hidden[torch.arange(len(lives)), lengths - 1]  # [n, D]
         tokens, logprobs, logits = self._choose_tokens(last)
         first_token = torch.distributions.Categorical(logits=logits, validate_args=False)
-        for live, entropy in zip(lives, first_token.entropy().tolist(), strict=True):
+        entropies = to_numpy({0: first_token.entropy()})
+        for live, (entropy,) in zip(lives, entropies.tolist(), strict=True):
             live.entropy = entropy
         return self._add_tokens(start, tokens, logprobs)
 
@@ -904,8 +904,8 @@ class Extractor:
             logits = head(hidden)
         logits = logits.float()  # [n, vocabulary]
         best, tokens = logits.max(dim=-1)
-        columns = torch.stack([tokens.double(), (best - logits.logsumexp(dim=-1)).double()])
-        tokens, logprobs = columns.tolist()
+        columns = {0: tokens.double(), 1: (best - logits.logsumexp(dim=-1)).double()}
+        tokens, logprobs = to_numpy(columns).T.tolist()
         return list(map(int, tokens)), logprobs, logits
 
     def _add_tokens(self, start: int, tokens: list, logprobs: list) -> list[Sample | Failure]:
