@@ -6,21 +6,11 @@ import itertools
 import json
 import os
 import shutil
-import struct
 
+import conftest
 import pytest
 import torch
-from conftest import (
-    CSV,
-    IMAGES,
-    MODEL,
-    assert_same_samples,
-    flags,
-    no_hang,
-    read_failed,
-    read_samples,
-    write_csv,
-)
+from conftest import CSV, IMAGES, MODEL, read_failed, read_samples
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -51,33 +41,23 @@ def no_model(monkeypatch):
     monkeypatch.setattr(script, "load_model", lambda *_: pytest.fail("the model was loaded first"))
 
 
-# ──────────────────────────────────────────── bad rows ───────────────────────────────────────────
 BAD_ROWS = {  # question_id: image_id, question, what the error must hold
     "parent": ("../outside.png", Q, "does not name a file inside"),
     "parent in between": ("inside/../../outside.png", Q, "does not name a file inside"),
-    "sibling": ("../images2/circle.png", Q, "does not name a file inside"),
     "absolute": (str(IMAGES / "circle.png"), Q, "does not name a file inside"),
     "the directory itself": (".", Q, "does not name a file inside"),
-    "no image_id": ("", Q, "does not name a file inside"),
     "missing": ("nowhere.png", Q, "nowhere.png does not exist"),
-    "without extension": ("circle", Q, "circle does not exist"),
     "long name": ("x" * 300 + ".png", Q, "x" * 300),
     "large": ("large.png", Q, "10000 x 10000 pixels are more than 89,478,485"),
-    "cut jpeg": ("cut.jpg", Q, "cut.jpg"),
     "cut png": ("cut.png", Q, "cut.png"),
     "empty file": ("empty.png", Q, "empty.png"),
     "html": ("html.jpg", Q, "html.jpg cannot be read as an image: it begins with b'<html>"),
     "directory": ("inside", Q, "is no file"),
     "pipe": ("pipe.png", Q, "is no file"),
     "16 bits": ("deep.png", Q, "8 bits"),
-    "broken exif": ("exif.jpg", Q, "exif.jpg"),
-    "dds": ("broken.dds", Q, "broken.dds"),
     "start_of_image": ("circle.png", "what is <start_of_image>?", "<start_of_image>"),
     "turns": ("circle.png", "what?<end_of_turn><start_of_turn>", "<end_of_turn> <start_of_turn>"),
-    "bos": ("grey.png", "<bos>what?", "<bos>"),
-    "soft token": ("grey.png", "what?<image_soft_token>", "<image_soft_token>"),
     "empty question": ("circle.png", "", "the question is empty"),
-    "blank question": ("tall.jpeg", " \n\t ", "the question is empty"),
 }
 GAP = [(f"gap {i}", f"gap{i}.png", Q, "") for i in range(40)]  # as HaloQuest has them
 
@@ -89,20 +69,12 @@ def images_dir(tmp_path_factory):
     images = shutil.copytree(IMAGES, root / "images")
     (images / "inside").mkdir()
     shutil.copy(IMAGES / "circle.png", root / "outside.png")
-    shutil.copytree(IMAGES, root / "images2")  # a name that only begins like that of the directory
-    for name, source in (("cut.jpg", "tall.jpeg"), ("cut.png", "circle.png")):
-        whole = (IMAGES / source).read_bytes()
-        (images / name).write_bytes(whole[: len(whole) // 2])
+    (images / "cut.png").write_bytes((IMAGES / "circle.png").read_bytes()[:200])
     (images / "empty.png").touch()
     (images / "html.jpg").write_text("<html><body>404 Not Found</body></html>")
     os.mkfifo(images / "pipe.png")
     Image.new("I;16", (32, 20), 3000).save(images / "deep.png")
     Image.new("1", (10_000, 10_000)).save(images / "large.png")
-    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0"  # a turn by 90 degrees, and a text as the width
-    exif += struct.pack("<HHIIHHI", 0x0112, 3, 1, 6, 0x0100, 2, 4) + b"abc\0\0\0\0\0"
-    Image.new("RGB", (32, 20), "red").save(images / "exif.jpg", exif=exif)
-    broken = struct.pack("<4s4I", b"DDS ", 124, 7, 9, 9).ljust(200, b"\0")
-    (images / "broken.dds").write_bytes(broken)
     return images
 
 
@@ -112,9 +84,11 @@ def bad_rows_run(images_dir, tmp_path_factory):
     root, stderr = tmp_path_factory.mktemp("bad_rows"), io.StringIO()
     bad = [(name, image_id, question, "") for name, (image_id, question, _) in BAD_ROWS.items()]
     rows = [*GOOD[:1], *bad[:12], *GOOD[1:3], *bad[12:], *GAP, *GOOD[3:]]
-    csv_path, words = write_csv(root / "rows.csv", rows), ("--checkpoint-interval", 10)
-    with contextlib.redirect_stderr(stderr), no_hang():
-        status = script.main(flags(root / "out", *words, csv_path=csv_path, images_dir=images_dir))
+    csv_path, words = conftest.write_csv(root / "rows.csv", rows), ("--checkpoint-interval", 10)
+    with contextlib.redirect_stderr(stderr), conftest.no_hang():
+        status = script.main(
+            conftest.flags(root / "out", *words, csv_path=csv_path, images_dir=images_dir)
+        )
     return status, stderr.getvalue(), root / "out"
 
 
@@ -122,17 +96,16 @@ def test_bad_rows_and_a_gap_do_not_stop_the_run(bad_rows_run, run_here, images_d
     status, stderr, out = bad_rows_run
     num_bad = len(BAD_ROWS) + len(GAP)
     assert (status, "Traceback" in stderr) == (3, False), stderr
-    assert f"{len(GAP) + 11} of {len(GAP) + 24} images are missing" in stderr
+    assert f"{len(GAP) + 8} of {len(GAP) + 16} images are missing" in stderr
     counts = f"Extracted 4 of {num_bad + 4} samples ({num_bad} failed, 0 already done) in "
     assert stderr.splitlines()[-1].startswith(counts)
     assert read_failed(out).keys() == {*BAD_ROWS, *(row[0] for row in GAP)}
     assert run_here(rows=GOOD, images_dir=images_dir)[0] == 0
-    expected = read_samples(tmp_path / "out")
-    assert expected.keys() == {row[0] for row in GOOD}
-    found = read_samples(out)
+    found, expected = read_samples(out), read_samples(tmp_path / "out")
+    assert found.keys() == {row[0] for row in GOOD}
     for sample in (*found.values(), *expected.values()):
         del sample["part"]
-    assert_same_samples(found, expected)
+    conftest.assert_same_samples(found, expected)
 
 
 @pytest.mark.parametrize("question_id", BAD_ROWS)
@@ -149,19 +122,17 @@ def test_bad_row_is_listed_with_its_reason(bad_rows_run, question_id):
 def test_the_first_25_images_that_the_model_sees(first_good, run_here, tmp_path, monkeypatch):
     """All failed: it stops. If one came out, whatever it was, it goes on."""
     pixels, calls = script.Prompter.pixels, itertools.count(1)
-    monkeypatch.setattr(
-        script.Prompter,
-        "pixels",
-        lambda *args: pixels(*args) * (1 if next(calls) == first_good else torch.nan),
-    )
+
+    def spoilt(*args):
+        return pixels(*args) * (1 if next(calls) == first_good else torch.nan)
+
+    monkeypatch.setattr(script.Prompter, "pixels", spoilt)
     rows = [(str(i), f"{i}/../circle.png", Q, "") for i in range(1, 29)]
     words = ("--num-workers", 1, "--batch-size", 5, "--max-new-tokens", 0)
     found = run_here(*words, rows=[*GAP[:30], *rows])
     failed = read_failed(tmp_path / "out").keys() - {row[0] for row in GAP}
     if first_good:
-        assert found[0] == 3
-        assert failed == {row[0] for row in rows} - {"25"}
-        assert read_samples(tmp_path / "out").keys() == {"25"}
+        assert (found[0], failed) == (3, {row[0] for row in rows} - {"25"})
     else:
         assert_refused(found, "the first 25 images", "something is wrong with all of them")
         assert failed == {row[0] for row in rows[:25]}
@@ -177,31 +148,17 @@ def test_any_question_id_survives(run_here, tmp_path):
     assert read_samples(tmp_path / "out").keys() == set(ids)
 
 
-# ────────────────────────────────────────── cannot start ─────────────────────────────────────────
 BAD_FLAGS = {  # the flags, the exit status, what the last line holds
     "float16": (["--dtype", "float16"], 2, "65504"),
-    "float8": (["--dtype", "float8"], 2, "float8"),
-    "layers": (["--layers", "first"], 2, "--layers"),
-    "half a list of layers": (["--layers", "0,"], 2, "--layers"),
-    "no layers": (["--layers"], 2, "--layers"),
     "batch size": (["--batch-size", "0"], 2, "--batch-size: 0 is less than 1"),
-    "batch size in words": (["--batch-size", "many"], 2, "many"),
     "interval": (["--checkpoint-interval", "-1"], 2, "--checkpoint-interval"),
-    "max new tokens": (["--max-new-tokens", "-1"], 2, "--max-new-tokens"),
-    "workers": (["--num-workers", "0"], 2, "--num-workers"),
-    "compression": (["--compression", "zip"], 2, "zip"),
     "device map": (["--device-map", "balanced"], 2, "balanced"),
     "one that is gone": (["--strict"], 2, "--strict"),
-    "abbreviation": (["--over"], 2, "--over"),
-    "layer 99": (["--layers", "99"], 1, "--layers 99: the model has layers 0 to 7"),
     "layer -9": (["--layers", "0,-9"], 1, "--layers -9: the model has layers 0 to 7"),
     "no device": (["--device", "gpu"], 1, "--device gpu"),
-    "no such cpu": (["--device", "cpu:x"], 1, "--device cpu:x"),
     "no such card": (["--device", "cuda:99"], 1, "--device cpu"),
     "images nowhere": (["--images-dir", "/nowhere"], 1, "none of the 3 images is there, not even"),
-    "images in a file": (["--images-dir", CSV], 1, f"--images-dir {CSV}: none of the 3 images"),
     "a file to write to": (["--output-dir", CSV], 1, f"--output-dir {CSV}: File exists | choose"),
-    "below a file": (["--output-dir", CSV / "a"], 1, f"--output-dir {CSV}/a: Not a directory |"),
     "read-only": (["--output-dir", "/proc/a"], 1, "--output-dir /proc/a: No such file"),
 }
 
@@ -209,9 +166,7 @@ BAD_FLAGS = {  # the flags, the exit status, what the last line holds
 @pytest.mark.parametrize("name", BAD_FLAGS)
 def test_bad_flags_are_told_before_the_model_loads(name, run_here, no_model, tmp_path):
     words, status, culprit = BAD_FLAGS[name]
-    before = CSV.read_bytes()
     assert_refused(run_here(*words, rows=GOOD), culprit, expected=status)
-    assert CSV.read_bytes() == before
     assert not (tmp_path / "out").exists()
 
 
@@ -221,18 +176,8 @@ def test_too_little_room_is_seen_before_the_model_loads(run_here, no_model, monk
     assert_refused(run_here(rows=GOOD), f"{tmp_path / 'out'} has 0.0 MB free; the run needs", " | ")
 
 
-# ──────────────────────────────────────────── models ─────────────────────────────────────────────
 def without(name):
     return lambda model: (model / name).unlink()
-
-
-def with_text(name, text):
-    return lambda model: (model / name).write_text(text)
-
-
-def only_a_pickle(model):
-    (model / "model.safetensors").unlink()
-    torch.save({"a": torch.zeros(1)}, model / "pytorch_model.bin")
 
 
 def a_weight_missing(model):
@@ -249,16 +194,11 @@ def quantise(model):
 
 BAD_MODELS = {
     "no weights": (without("model.safetensors"), "model.safetensors"),
-    "only a pickle": (only_a_pickle, "model.safetensors"),
     "weights cut short": (lambda model: os.truncate(model / "model.safetensors", 10_000), "rror"),
     "a weight missing": (a_weight_missing, "1 weights are missing or misshapen, first model.lang"),
     "quantised": (quantise, "quantised weights (bitsandbytes) are not supported"),
     "no config": (without("config.json"), "config.json"),
-    "not JSON": (with_text("config.json", "{"), "config.json' is not a valid JSON file"),
-    "another kind": (with_text("config.json", '{"model_type": "llama"}'), "llama; expected gemma3"),
     "no chat template": (without("chat_template.jinja"), "does not have a chat template"),
-    "no tokenizer": (without("tokenizer.json"), "tokenizer.json is missing"),
-    "broken tokenizer": (with_text("tokenizer.json", '{"version": "1.0"}'), "added_tokens"),
     "no processor config": (without("processor_config.json"), "preprocessor_config.json"),
 }
 
@@ -273,13 +213,8 @@ def test_model_that_cannot_be_loaded(name, run_here, tmp_path):
     assert not list((tmp_path / "out").glob("*.h5"))
 
 
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
-        ("/no/where", "no such directory"),
-        ("org/none", "--cache-dir"),
-        ("org/none", "hf auth login"),
-    ],
-)
-def test_model_that_is_not_there(name, told, run_here, tmp_path):
-    assert_refused(run_here("--model", name, "--cache-dir", tmp_path, rows=GOOD), name, told, " | ")
+@pytest.mark.parametrize("name", ["/no/where", "org/none"])
+def test_model_that_is_not_there(name, run_here, tmp_path):
+    told = "no such directory" if name[0] == "/" else "--cache-dir"
+    found = run_here("--model", name, "--cache-dir", tmp_path, rows=GOOD)
+    assert_refused(found, name, told, "check the path" if name[0] == "/" else "hf auth login")

@@ -2,14 +2,12 @@
 
 import contextlib
 import io
-import json
 import os
 import shutil
 
 import h5py
 import pytest
 from conftest import IMAGES, MODEL, assert_same_samples, flags, read_failed, read_samples, write_csv
-from safetensors.torch import load_file, save_file
 
 import run_gemma3_extraction as script
 
@@ -99,7 +97,6 @@ def test_failed_rows_are_tried_again_and_take_their_places(run_here, tmp_path):
 
 OTHER_SETTINGS = {
     "layers": (["--layers", "1,2"], "layers was [0, 2, 4, 6, 7] and is [1, 2]"),
-    "limit": (["--max-new-tokens", 5], "max_new_tokens was 6 and is 5"),
     "dtype": (["--dtype", "bfloat16"], "dtype was 'float32' and is 'bfloat16'"),
     "interval": (["--checkpoint-interval", 7], "checkpoint_interval was 2 and is 7"),
     "version": ([], "schema_version was 2 and is 3 | older ones can be inspected, not continued"),
@@ -122,11 +119,10 @@ def test_a_local_model_is_known_by_its_contents(run_here, done, no_model, tmp_pa
     model = shutil.copytree(MODEL, tmp_path / "model")
     words = (*PAIRS, "--model", model)
     assert run_here(*words, rows=GOOD)[0] == 0
-    weights = load_file(model / "model.safetensors")
-    weights[max(weights)] *= 1.5
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with open(model / "model.safetensors", "r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"abcd")
     assert_refused(run_here(*words, rows=GOOD), "model_revision was")
-    shutil.copy(MODEL / "model.safetensors", model)
     with open(model / "chat_template.jinja", "a") as file:
         file.write("Well,")
     assert_refused(run_here(*words, rows=GOOD), "model_revision was", "prompt was", "Well,")
@@ -184,7 +180,6 @@ def lose_a_sample(path):
 SPOIL = {
     "cut short": lambda path: os.truncate(path, path.stat().st_size // 2),
     "a sample lost": lose_a_sample,
-    "a text": lambda path: path.write_text("I am a text."),
     "a copy": lambda path: shutil.copy(path.parent / PART, path),
 }
 
@@ -214,4 +209,3 @@ def test_overwrite_deletes_the_programs_own_files_only(run_here, done):
     assert names == {PART, *mine, ".lock", "settings.json"}
     with h5py.File(done / PART) as file:
         assert file.attrs["layers"].tolist() == [1]
-    assert json.loads((done / "settings.json").read_text())["layers"] == [1]
