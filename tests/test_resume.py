@@ -19,7 +19,6 @@ GOOD = [  # about images in the order of the plan
     ("good 4", "circle.png", "is it round?", "yes"),
     ("good 3", "wide.jpg", "a < b <tag> & {question}?", ""),
 ]
-NEW = ("new", "grey.png", Q, "")
 PAIRS = ("--checkpoint-interval", 2)
 
 
@@ -153,7 +152,7 @@ def test_rows_removed_reordered_added_and_corrected_go_on(run_here, done):
     assert (status, stderr.count("2 stored ground truths differ")) == (0, 1)
     assert parts_of(done) == before
     samples = read_samples(done)
-    assert run_here(*PAIRS, rows=[*rows, NEW])[0] == 0
+    assert run_here(*PAIRS, rows=[*rows, ("new", "grey.png", Q, "")])[0] == 0
     added = {"new": read_samples(done)["new"]}
     assert_same_samples(read_samples(done), samples | added, bound=0)
 
