@@ -745,15 +745,16 @@ class Extractor:
         What stands side by side depends on the order of `pictures` and on the batch size alone.
         """
         while True:
-            num_free = self.batch_size - self._num_live()
-            if not self._num_live() or 4 * num_free >= self.batch_size:  # small passes are dear
+            num_free = self.batch_size - self.num_live()
+            if not self.num_live() or 4 * num_free >= self.batch_size:  # small passes are dear
                 num_entered = yield from self._admit(pictures)
-                if not self._num_live() and not num_entered:
+                if not self.num_live() and not num_entered:
                     return
-            if self._num_live():
+            if self.num_live():
                 yield self._decode()
 
-    def _num_live(self) -> int:
+    def num_live(self) -> int:
+        """How many questions are being answered."""
         return sum(live is not None for live in self._live)
 
     def _admit(self, pictures: Iterator[Picture]) -> Iterator[list[Sample | Failure]]:
@@ -777,7 +778,7 @@ class Extractor:
 
     def _close_gaps(self) -> None:
         """The last live lanes move into those whose answers have ended."""
-        num_live = self._num_live()
+        num_live = self.num_live()
         targets = [i for i, live in enumerate(self._live[:num_live]) if live is None]
         last = range(num_live, len(self._live))
         sources = [i for i in last if self._live[i] is not None]
@@ -1434,10 +1435,12 @@ def work_through(
                         recorder.record(outcome)
                         last_good = extractor.batch_size
                     failed_images |= {o.row.image_id for o in outcomes if isinstance(o, Failure)}
-                    if len(failed_images) >= MAX_FAILED_IMAGES and not recorder.num_extracted:
+                    is_vain = not (recorder.num_extracted or extractor.num_live())
+                    if is_vain and len(failed_images) >= MAX_FAILED_IMAGES:
+                        last = f"question_id {outcomes[-1].row.question_id!r}: {outcomes[-1].error}"
                         raise ExtractionError(
                             f"the first {len(failed_images)} images that the model saw all failed: "
-                            f"something is wrong with all of them | the last: {outcomes[-1].error}"
+                            f"something is wrong with all of them | the last, {last}"
                         )
                     if stops:
                         break

@@ -402,7 +402,7 @@ class PaperExtractor(script.Extractor):
         return self.counted("prefill", stop - start, super()._prefill, start, stop)
 
     def _decode(self):
-        return self.counted("decode", self._num_live(), super()._decode)
+        return self.counted("decode", self.num_live(), super()._decode)
 
 
 @contextlib.contextmanager
@@ -422,14 +422,17 @@ def to_ones(vectors: dict) -> np.ndarray:
     return np.ones((len(found[0]), len(found), *found[0].shape[1:]), dtype=np.float32)
 
 
-def pictures_for_ever(prompter: script.Prompter, questions_per_image: int):
-    """Images of the meta device with easy-VQA's questions, without end."""
+def pictures_for_ever(prompter: script.Prompter, num_questions: int, question: str | None = None):
+    """Images of the meta device, without end, with easy-VQA's questions, or one again and again."""
     _, rows = make_rows(40, None)
     again = itertools.cycle(rows)
     pixel_values = torch.empty(3, 896, 896, dtype=torch.bfloat16, device="meta")
     while True:
-        rows = list(itertools.islice(again, questions_per_image))
-        questions = [script.Question(row, prompter.tokenize(row.question)) for row in rows]
+        rows = list(itertools.islice(again, num_questions))
+        texts = [question or row.question for row in rows]
+        questions = [
+            script.Question(row, prompter.tokenize(text)) for row, text in zip(rows, texts)
+        ]
         yield script.Picture(pixel_values, "", questions)
 
 
@@ -522,7 +525,9 @@ def print_paper(processor) -> None:
         + "  ".join(card.name for card in CARDS)
     )
     found = {}
-    for questions, batch_size in itertools.product([1, 10], [64]):
+    h100 = CARDS[0]
+    size = paper_batch_size(h100, model)
+    for questions, batch_size in itertools.product([1, 10], [64, size]):
         case = found[questions, batch_size] = run_on_paper(model, prompter, questions, batch_size)
         print(
             f"{questions:>9} {batch_size:>5} {case.tflop:>9.2f} {case.prefill_ops:>8.0f} "
@@ -530,11 +535,6 @@ def print_paper(processor) -> None:
             + "  ".join(f"{rate:>7.1f}" for rate in case.rates.values()),
             flush=True,
         )
-    h100 = CARDS[0]
-    size = paper_batch_size(h100, model)
-    for questions in (1, 10):
-        if (questions, size) not in found:
-            found[questions, size] = run_on_paper(model, prompter, questions, size)
     rates = [found[questions, size].rates[h100] for questions in (1, 10)]
     launches = max(case.step_ops for case in found.values())
     print(
