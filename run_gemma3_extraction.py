@@ -474,8 +474,6 @@ class Prompter:
         self._special.add(config.image_token_id)
         self._lock = threading.Lock()  # a fast tokenizer must not serve two threads at once
         plain = self._encode("?")
-        if self._tokenizer.unk_token_id in plain:
-            raise ValueError("its tokenizer knows no words: tokenizer.json is missing")
         if plain.count(self._tokenizer.bos_token_id) != 1:
             raise ValueError("its chat template does not give exactly one <bos>")
         soft = [pos for pos, token in enumerate(plain) if token == config.image_token_id]
@@ -488,9 +486,8 @@ class Prompter:
     def render(self, question: str) -> str:
         """The chat template with one user turn, image then question, and the generation prompt."""
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        turns, how = [{"role": "user", "content": content}], {"add_generation_prompt": True}
+        return self.processor.apply_chat_template(turns, tokenize=False, **how)
 
     def _encode(self, question: str) -> list[int]:
         boi, image = self.processor.boi_token, self.processor.full_image_sequence
@@ -566,9 +563,7 @@ def read_ahead(
 
 # ──────────────────────────────────────────── hooks ────────────────────────────────────────────
 @contextlib.contextmanager
-def capture(
-    model: nn.Module, layers: list[int], kept_pos: Tensor, lengths: Tensor
-) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Tensor]]]:
+def capture(model: nn.Module, layers: list[int], kept_pos: Tensor, lengths: Tensor) -> Iterator:
     """Forward hooks on the vision tower and the chosen decoder layers, for one pass of n rows.
 
     Gives what they will see, in float32: if the tower runs, the mean over its patches [n, D_v]; by
@@ -763,8 +758,7 @@ class Extractor:
         num_before = len(self._live)
         while len(self._live) < self.batch_size:
             if not self._waiting:
-                num_images = min(self.batch_size, self.max_pass_images)
-                chunk = list(itertools.islice(pictures, num_images))
+                chunk = list(itertools.islice(pictures, min(self.batch_size, self.max_pass_images)))
                 if not chunk:
                     break
                 self._encode(chunk)
@@ -780,8 +774,7 @@ class Extractor:
         """The last live lanes move into those whose answers have ended."""
         num_live = self.num_live()
         targets = [i for i, live in enumerate(self._live[:num_live]) if live is None]
-        last = range(num_live, len(self._live))
-        sources = [i for i in last if self._live[i] is not None]
+        sources = [i for i in range(num_live, len(self._live)) if self._live[i] is not None]
         if targets:
             self._lanes.move(sources, targets)
         for source, target in zip(sources, targets, strict=True):
@@ -1175,8 +1168,8 @@ class OutputLock:
             # Never opened a second time: to close any descriptor of a file drops all its locks.
             self._descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            reason = f"{error.strerror} | choose one to write to"
-            raise ExtractionError(f"--output-dir {output_dir}: {reason}") from error
+            told = f"--output-dir {output_dir}: {error.strerror} | choose one to write to"
+            raise ExtractionError(told) from error
 
     def _lock(self, kind: int, byte: int) -> bool:
         """Whether it is granted; without locks on the file system always."""
@@ -1394,9 +1387,7 @@ def open_output(
     return planned, {number: left for number, left in missing.items() if left}
 
 
-def claim_parts(
-    lock: OutputLock, missing: dict[int, list[Row]], recorder: Recorder
-) -> Iterator[list[Row]]:
+def claim_parts(lock: OutputLock, missing: dict, recorder: Recorder) -> Iterator[list[Row]]:
     """The missing rows of parts that no other process has, which the recorder is told to expect;
     at the end once more of the others, as what a process that died had is free again.
     """
@@ -1437,11 +1428,11 @@ def work_through(
                     failed_images |= {o.row.image_id for o in outcomes if isinstance(o, Failure)}
                     is_vain = not (recorder.num_extracted or extractor.num_live())
                     if is_vain and len(failed_images) >= MAX_FAILED_IMAGES:
-                        last = f"question_id {outcomes[-1].row.question_id!r}: {outcomes[-1].error}"
-                        raise ExtractionError(
-                            f"the first {len(failed_images)} images that the model saw all failed: "
-                            f"something is wrong with all of them | the last, {last}"
+                        told = (
+                            f"the first {len(failed_images)} images that the model saw all failed"
                         )
+                        last = f"question_id {outcomes[-1].row.question_id!r}: {outcomes[-1].error}"
+                        raise ExtractionError(f"{told} | look at the last, {last}")
                     if stops:
                         break
             is_done = True
@@ -1475,8 +1466,7 @@ def extract(options: Options) -> int:
         log.info("%d rows in the plan, %d to do", num_rows, num_missing)
         recorder = Recorder(lock, planned)
         parts = claim_parts(lock, missing, recorder)
-        has_first = next(parts, None) is not None  # if others have all, no model need be loaded
-        if not (has_first or options.test):
+        if next(parts, None) is None and not options.test:  # no model need be loaded
             return summarise(recorder, num_rows, num_missing, 0.0)
         with explain_load_errors(options.model):
             fetch_weights(options, directory)
@@ -1510,14 +1500,12 @@ def summarise(recorder: Recorder, num_rows: int, num_missing: int, seconds: floa
     num_extracted, num_failed = recorder.num_extracted, recorder.num_failed
     if num_failed:
         log.warning("what failed, and why: %s", FAILED_NAME)
-    num_others = num_missing - num_extracted - num_failed
-    others = f", {num_others} by other processes" if num_others else ""
-    print(
-        f"Extracted {num_extracted} of {num_rows} samples ({num_failed} failed, "
-        f"{num_rows - num_missing} already done{others}) in {seconds:.1f} s: "
-        f"{num_extracted / max(seconds, 1e-9):.2f} samples/s",
-        file=sys.stderr,
-    )
+    counts = f"{num_failed} failed, {num_rows - num_missing} already done"
+    if num_others := num_missing - num_extracted - num_failed:
+        counts += f", {num_others} by other processes"
+    rate = f"{seconds:.1f} s: {num_extracted / max(seconds, 1e-9):.2f} samples/s"
+    told = f"Extracted {num_extracted} of {num_rows} samples ({counts}) in {rate}"
+    print(told, file=sys.stderr)
     # A launcher of several processes ends all of them with the first that ends with an error.
     return 3 if num_failed and NUM_RANKS == 1 else 0
 

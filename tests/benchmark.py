@@ -44,45 +44,12 @@ from transformers.models.gemma3 import modeling_gemma3
 
 import run_gemma3_extraction as script
 
-SIZES = {
-    "small": {  # the decoder of Gemma 3 270M; a tower that costs about as much as its prompt
-        "text_config": {
-            "vocab_size": 262_144,
-            "hidden_size": 640,
-            "intermediate_size": 2048,
-            "num_hidden_layers": 18,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 1,
-            "head_dim": 256,
-            "query_pre_attn_scalar": 256,
-            "sliding_window": 512,
-        },
-        "vision_config": {
-            "hidden_size": 192,
-            "intermediate_size": 768,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 3,
-        },
-    },
-    "12b": {
-        "text_config": {
-            "vocab_size": 262_208,
-            "hidden_size": 3840,
-            "intermediate_size": 15360,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 256,
-            "query_pre_attn_scalar": 256,
-            "sliding_window": 1024,
-        },
-        "vision_config": {
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_hidden_layers": 27,
-            "num_attention_heads": 16,
-        },
-    },
+TEXT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+TEXT = (*TEXT, "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window")
+VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES = {  # the decoder of Gemma 3 270M with a small tower; the 12B
+    "small": ((262_144, 640, 2048, 18, 4, 1, 256, 512), (192, 768, 4, 3)),
+    "12b": ((262_208, 3840, 15360, 48, 16, 8, 256, 1024), (1152, 4304, 27, 16)),
 }
 GREEDY = {"do_sample": False, "top_k": None, "top_p": None, "disable_compile": True}
 MIXED_LIMIT, EQUAL_LENGTH = 100, 16
@@ -92,8 +59,9 @@ NUM_SLOTS = 576  # of a lane: prefix, question and 200 tokens of an answer, as `
 def make_model(size: str, device: torch.device, dtype: torch.dtype):
     """A random model of a given size, made on the device; no token is an end to it."""
     base = Gemma3Config.from_pretrained(MODEL)
-    text = {**base.text_config.to_dict(), **SIZES[size]["text_config"], "layer_types": None}
-    vision = {**base.vision_config.to_dict(), **SIZES[size]["vision_config"]}
+    text = base.text_config.to_dict() | dict(zip(TEXT, SIZES[size][0], strict=True))
+    text |= {"query_pre_attn_scalar": 256, "layer_types": None}
+    vision = base.vision_config.to_dict() | dict(zip(VISION, SIZES[size][1], strict=True))
     config = Gemma3Config(
         text_config=text,
         vision_config={**vision, "vision_use_head": False},

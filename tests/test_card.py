@@ -58,7 +58,10 @@ def test_flops_and_launches(large, processor, questions, num_lanes, floor):
 
 def make_config(size):
     text = dict(zip(NAMES, TEXT[size], strict=True)) | {"vocab_size": 262_208}
-    vision = benchmark.SIZES["12b"]["vision_config"] | {"image_size": 896, "patch_size": 14}
+    vision = dict(zip(benchmark.VISION, benchmark.SIZES["12b"][1])) | {
+        "image_size": 896,
+        "patch_size": 14,
+    }
     return Gemma3Config(text_config=text, vision_config=vision)
 
 
