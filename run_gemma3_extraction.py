@@ -206,8 +206,8 @@ def read_rows(csv_path: Path) -> list[Row]:
         raise ExtractionError(f"{csv_path} is not UTF-8: {error.reason}; convert it") from error
     except (csv.Error, ValueError) as error:
         advice = "; check the quotes there" if isinstance(error, csv.Error) else ""
-        where = f"{csv_path}, line {reader.reader.line_num}"
-        raise ExtractionError(f"{where}: {error}{advice}") from error
+        told = f"{csv_path}, line {reader.reader.line_num}: {error}{advice}"
+        raise ExtractionError(told) from error
     return list(rows.values())
 
 
@@ -308,17 +308,15 @@ def explain_load_errors(model: str) -> Iterator[None]:
 
 
 def find_model(options: Options) -> tuple[Path, str]:
-    """The model's directory, with all of its small files, and its revision.
-
-    Of a hub's model they are a snapshot in `--cache-dir` and its commit; the revision of a local
-    directory is a hash of its files' names, sizes and contents, of large ones by samples.
+    """The model's directory, with all of its small files, and its revision: a hub's commit, or of a
+    local directory a hash of its files' names, sizes and contents, of large ones by samples.
     """
-    name, directory = options.model, Path(options.model)
+    name, directory, small = options.model, Path(options.model), ["*.json", "*.jinja", "*.model"]
     if not directory.is_dir():
         if name.startswith(("/", ".", "~")) or name.count("/") > 1:
             raise ExtractionError(f"--model {name}: there is no such directory | check the path")
-        small = {"revision": options.revision, "allow_patterns": ["*.json", "*.jinja", "*.model"]}
-        directory = Path(snapshot_download(name, cache_dir=options.cache_dir, **small))
+        where = {"cache_dir": options.cache_dir, "revision": options.revision}
+        directory = Path(snapshot_download(name, allow_patterns=small, **where))
         return directory, directory.name
     digest = hashlib.sha256()
     for path in sorted(directory.glob("*")):
@@ -1428,11 +1426,11 @@ def work_through(
                     failed_images |= {o.row.image_id for o in outcomes if isinstance(o, Failure)}
                     is_vain = not (recorder.num_extracted or extractor.num_live())
                     if is_vain and len(failed_images) >= MAX_FAILED_IMAGES:
-                        told = (
-                            f"the first {len(failed_images)} images that the model saw all failed"
+                        raise ExtractionError(
+                            f"the first {len(failed_images)} images that the model saw all failed: "
+                            "something is wrong with all of them | the last, question_id "
+                            f"{outcomes[-1].row.question_id!r}: {outcomes[-1].error}"
                         )
-                        last = f"question_id {outcomes[-1].row.question_id!r}: {outcomes[-1].error}"
-                        raise ExtractionError(f"{told} | look at the last, {last}")
                     if stops:
                         break
             is_done = True

@@ -9,7 +9,6 @@ prints how many times as fast it is as
 
     forward     one bare forward pass a row (`generate` with answers): nothing captured or written
     batch 16    the same in left-padded batches of 16 with the processor's own padding
-    hidden      a row at a time with `output_hidden_states=True`
 
 Answers: none; `equal`, 16 tokens each; `mixed`, as real ones are: most of 2 to 8 tokens, one in
 twelve of 100, drawn once and the same for every way. Medians of `--pairs` pairs.
@@ -21,6 +20,8 @@ card's peak and its bytes at the card's bandwidth. Answers there are geometric, 
 
 import argparse
 import contextlib
+import dataclasses
+import io
 import itertools
 import logging
 import random
@@ -36,9 +37,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import MODEL, make_options  # puts the scripts on the path
+from conftest import MODEL, make_options, write_csv  # puts the scripts on the path
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
 from transformers import AutoProcessor, Gemma3Config, Gemma3ForConditionalGeneration
 from transformers.models.gemma3 import modeling_gemma3
 
@@ -103,16 +103,6 @@ def draw_lengths(answers: str, num_rows: int) -> list[int]:
     return [MIXED_LIMIT if draw.random() < 1 / 12 else draw.randint(2, 8) for _ in range(num_rows)]
 
 
-@contextlib.contextmanager
-def norm(forward):
-    """Gemma's norm as one of the ways has it."""
-    before, script.Gemma3RMSNorm.forward = script.Gemma3RMSNorm.forward, forward
-    try:
-        yield
-    finally:
-        script.Gemma3RMSNorm.forward = before
-
-
 @dataclass
 class Bench:
     """A loaded model, and what it takes to run it."""
@@ -144,59 +134,47 @@ class Bench:
         else:
             self.model.model(**inputs)
 
-    def hidden(self, inputs, length: int) -> None:
-        if length:
-            flags = {"return_dict_in_generate": True, "output_hidden_states": True}
-            self.model.generate(**inputs, max_new_tokens=length, **GREEDY, **flags)
-        else:
-            self.model(**inputs, output_hidden_states=True)
-
     @torch.inference_mode()
-    def time_rows(self, way, rows: list[script.Row], lengths: list[int], size: int = 1) -> float:
+    def time_rows(self, rows: list[script.Row], lengths: list[int], size: int = 1) -> float:
         """Seconds a row, `size` rows side by side until the longest answer has ended."""
         start = time.perf_counter()
-        with norm(script.PLAIN_NORM):
-            for i in range(0, len(rows), size):
-                way(self.inputs(rows[i : i + size]), max(lengths[i : i + size]))
+        for i in range(0, len(rows), size):
+            self.forward(self.inputs(rows[i : i + size]), max(lengths[i : i + size]))
         synchronise(self.device)
         return (time.perf_counter() - start) / len(rows)
 
-    def time_ours(self, rows, lengths: list[int], batch_size: int | None) -> tuple[float, int]:
-        """Seconds a row with everything included, from the plan to the last part; batch size."""
-        config, prompter = self.model.config, script.Prompter(self.processor, self.model.config)
+    def time_ours(
+        self, rows: list[script.Row], lengths: list[int], batch_size: int | None
+    ) -> float:
+        """Seconds a row of the whole program, but for loading the model."""
         ends = {row.question_id: length for row, length in zip(rows, lengths, strict=True)}
-        with tempfile.TemporaryDirectory() as directory, norm(script.short_norm):
+
+        def has_ended(_, live) -> bool:
+            return len(live.answer_ids) == ends[live.question.row.question_id]
+
+        with (
+            tempfile.TemporaryDirectory() as directory,
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            patch.setattr(script, "load_processor", lambda _: (self.model.config, self.processor))
+            patch.setattr(script, "load_model", lambda *_: self.model)
+            patch.setattr(script.Gemma3RMSNorm, "forward", script.short_norm)
+            patch.setattr(script.Extractor, "has_ended", has_ended)
+            table = [dataclasses.astuple(row) for row in rows]
             options = make_options(
-                Path("easy_vqa"),
+                write_csv(Path(directory) / "rows.csv", table),
                 self.images_dir,
-                output_dir=Path(directory),
+                model=str(MODEL),
+                output_dir=Path(directory) / "out",
                 dtype=str(self.model.dtype).partition(".")[2],
                 device=str(self.device),
                 max_new_tokens=max(lengths),
                 batch_size=batch_size,
             )
-            settings = script.describe_run(options, "", config, prompter, rows, self.device)
-            lock = script.OutputLock(Path(directory))
             start = time.perf_counter()
-            planned, missing = script.open_output(options, lock, settings, rows, 0)
-            recorder = script.Recorder(lock, planned)
-            recorder.writer = script.PartWriter(settings, prompter)
-            recorder.bar = tqdm(disable=True)
-            limit = options.max_new_tokens
-            width = script.lane_width(prompter, limit)
-            size = script.choose_batch_size(options, config, width, self.device)
-            sizes = (settings["layers"], limit, size)
-            extractor = script.Extractor(self.model, prompter, *sizes, self.device)
-            extractor.has_ended = lambda live: (
-                len(live.answer_ids) == ends[live.question.row.question_id]
-            )
-            parts = script.claim_parts(lock, missing, recorder)
-            script.work_through(options, extractor, parts, recorder, [])
-            recorder.finish()
-            seconds = time.perf_counter() - start
-            lock.close()
-        assert recorder.num_extracted == len(rows)
-        return seconds / len(rows), size
+            assert script.extract(options) == 0
+            return (time.perf_counter() - start) / len(rows)
 
 
 def synchronise(device: torch.device) -> None:
@@ -210,13 +188,12 @@ def synchronise(device: torch.device) -> None:
 def measure(args: argparse.Namespace, bench: Bench) -> None:
     """Print the table, a line a case."""
     _, warm_up = make_rows(2, 1)
-    for way in (bench.forward, bench.hidden):
-        bench.time_rows(way, warm_up, [1, 1])
+    bench.time_rows(warm_up, [1, 1])
     bench.time_ours(warm_up, [1, 1], 2)
     dtype = str(bench.model.dtype).partition(".")[2]
     print(f"{args.size}, {args.device}, {dtype}, medians of {args.pairs} pairs")
-    print("questions answers  batch |      times as fast as      | seconds a row")
-    print(" an image           size |  forward  batch 16  hidden |  ours forward")
+    print("questions answers  batch |      times as fast as  | seconds a row")
+    print(" an image           size |  forward  batch 16 |  ours forward")
     for questions, answers, batch_size in itertools.product(
         args.questions, args.answers, args.batch_sizes
     ):
@@ -226,21 +203,18 @@ def measure(args: argparse.Namespace, bench: Bench) -> None:
         step = max(1, len(rows) // args.plain_rows)
         chosen = sorted(range(len(rows)), key=lengths.__getitem__)[step // 2 :: step]
         plain, plain_lengths = [rows[i] for i in chosen], [lengths[i] for i in chosen]
-        some = (plain[::8], plain_lengths[::8])
-        batches = bench.time_rows(bench.forward, rows[:32], lengths[:32], size=16)
-        hidden = bench.time_rows(bench.hidden, *some) / bench.time_rows(bench.forward, *some)
+        batches = bench.time_rows(rows[:32], lengths[:32], size=16)
         ratios, ours = [], []
         for _ in range(args.pairs):
-            forward = bench.time_rows(bench.forward, plain, plain_lengths)
-            seconds, size = bench.time_ours(rows, lengths, batch_size)
+            forward = bench.time_rows(plain, plain_lengths)
+            seconds = bench.time_ours(rows, lengths, batch_size)
             ratios.append(forward / seconds)
             ours.append(seconds)
-        name = "auto" if batch_size is None else "    "
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        mean, ratio = statistics.median(ours), statistics.median(ratios)
+        mean, ratio, size = statistics.median(ours), statistics.median(ratios), batch_size or "auto"
         print(
-            f"{len(rows) / len({r.image_id for r in rows}):>9.1f} {answers:<7} {size:>3} {name}|"
-            f" {ratio:>8.2f} {batches / mean:>9.2f} {hidden * ratio:>7.2f} |"
+            f"{len(rows) / len({r.image_id for r in rows}):>9.1f} {answers:<7} {size:>8}|"
+            f" {ratio:>8.2f} {batches / mean:>9.2f} |"
             f" {mean:>5.3f}  {mean * ratio:>6.3f}   {spread}",
             flush=True,
         )
@@ -249,26 +223,13 @@ def measure(args: argparse.Namespace, bench: Bench) -> None:
 # ──────────────────────────────────────────── on paper ───────────────────────────────────────────
 
 
-@dataclass(frozen=True)
-class Card:
-    """What the arithmetic takes for a card: dense bfloat16 as reached, bytes a second, a launch."""
-
-    name: str
-    peak: float  # FLOP/s
-    bandwidth: float  # bytes/s
-    memory: float  # GiB, of which the context takes half a one
-    launch: float = 7e-6  # s, of an eager operation
-
-
-CARDS = [
-    Card("H100", 790e12, 3.35e12, 79.6),
-    Card("A100 80 GB", 280e12, 2.0e12, 79.1),
-    Card("4090", 160e12, 1.0e12, 23.6),
-]
+# What the arithmetic takes for an H100: dense bfloat16 as reached, bytes a second, seconds of an
+# eager launch, GiB of which the context takes half a one.
+PEAK, BANDWIDTH, LAUNCH, MEMORY = 790e12, 3.35e12, 7e-6, 79.6
 
 
 class Meter(TorchDispatchMode):
-    """Counts operations, FLOPs, bytes, and the time that they take on each of the cards.
+    """Counts operations, FLOPs, bytes, and the time that they take on the card.
 
     What gives a view or its input back is no operation; a reshape that copies is one.
     """
@@ -276,7 +237,7 @@ class Meter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.num_ops = self.flops = self.kv_bytes = 0
-        self.seconds = dict.fromkeys(CARDS, 0.0)
+        self.seconds = 0.0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -291,9 +252,7 @@ class Meter(TorchDispatchMode):
         num_bytes = self.count_bytes(name, args, inputs, outputs)
         self.num_ops += 1
         self.flops += flops
-        for card in CARDS:
-            longest = max(card.launch, flops / card.peak, num_bytes / card.bandwidth)
-            self.seconds[card] += longest
+        self.seconds += max(LAUNCH, flops / PEAK, num_bytes / BANDWIDTH)
         return out
 
     def count_flops(self, name: str, args, outputs) -> int:
@@ -317,12 +276,7 @@ class Meter(TorchDispatchMode):
             return 2 * size_of(args[2])
         if name in ("zeros", "new_zeros", "empty", "zero_", "zeros_like"):
             return sum(map(size_of, outputs))
-        return sum(map(size_of, inputs + [o for o in outputs if not func_returns(o, inputs)]))
-
-
-def func_returns(output: torch.Tensor, inputs: list[torch.Tensor]) -> bool:
-    """Whether an output is an input written in place."""
-    return any(output is tensor for tensor in inputs)
+        return sum(map(size_of, list({id(tensor): tensor for tensor in inputs + outputs}.values())))
 
 
 def tensors_in(value):
@@ -413,7 +367,7 @@ class OnPaper:
     step_ops: int  # of a decoding step, median
     kv_gb: float  # keys and values read a step, median
     occupancy: float  # of the batch, mean
-    rates: dict[Card, float]  # questions a second
+    rate: float  # questions a second
 
 
 def run_on_paper(model, prompter, questions: int, batch_size: int, num_batches: int = 1) -> OnPaper:
@@ -424,7 +378,7 @@ def run_on_paper(model, prompter, questions: int, batch_size: int, num_batches: 
         outcomes = itertools.chain.from_iterable(passes)
         for _ in itertools.islice(outcomes, batch_size):
             pass
-        before = dict(meter.seconds)
+        before = meter.seconds
         firsts = {name: len(passes) for name, passes in extractor.passes.items()}
         num_done = num_batches * batch_size
         for _ in itertools.islice(outcomes, num_done):
@@ -439,75 +393,36 @@ def run_on_paper(model, prompter, questions: int, batch_size: int, num_batches: 
         int(statistics.median(decoded[0])),
         statistics.median(decoded[3]) / 1e9,
         statistics.mean(decoded[1]) / batch_size,
-        {card: num_done / (meter.seconds[card] - before[card]) for card in CARDS},
-    )
-
-
-def paper_batch_size(card: Card, model) -> int | None:
-    """What `--batch-size auto` chooses on a card; None where the weights do not fit."""
-    free = card.memory * 2**30 - 2**29 - model.num_parameters() * 2
-    size = script.fit_batch_size(int(free), model.config, 2, NUM_SLOTS)
-    return size if size > 1 else None
-
-
-def describe_memory(model) -> str:
-    """Weights and a token's keys and values, in bfloat16."""
-    text = model.config.text_config
-    numbers = {
-        "layers": sum(p.numel() for p in model.model.language_model.layers.parameters()),
-        "embedding, shared with the head": model.lm_head.weight.numel(),
-        "tower": sum(p.numel() for p in model.model.vision_tower.parameters()),
-    }
-    parts = ", ".join(f"{name} {2 * n / 2**30:.2f}" for name, n in numbers.items())
-    slot = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
-    weights = 2 * model.num_parameters()
-    return (
-        f"weights {weights / 2**30:.2f} GiB: {parts}; without the embedding "
-        f"{(weights - 2 * model.lm_head.weight.numel()) / 2**30:.2f}\n"
-        f"a lane of {NUM_SLOTS} slots of {slot:,} bytes {NUM_SLOTS * slot / 2**30:.2f} GiB; passes "
-        f"need {script.pass_memory(model.config, 2) / 2**30:.1f}"
+        num_done / (meter.seconds - before),
     )
 
 
 def print_paper(processor) -> None:
     """The table, and the line that the README quotes."""
     model = make_model("12b", torch.device("meta"), torch.bfloat16)
-    prompter = script.Prompter(processor, model.config)
+    prompter, weights = script.Prompter(processor, model.config), 2 * model.num_parameters()
     assert script.lane_width(prompter, 200) == NUM_SLOTS
+    lane, needed = NUM_SLOTS * 393_216 / 2**30, script.pass_memory(model.config, 2) / 2**30
+    free = int((MEMORY - 0.5) * 2**30 - weights)
+    size = script.fit_batch_size(free, model.config, 2, NUM_SLOTS)
     print("Gemma 3 12B on paper: arithmetic, not measured. Answers of mean 30 tokens, limit 200.")
-    print(describe_memory(model))
-    for card in CARDS:
-        size = paper_batch_size(card, model)
-        chosen = (
-            f"--batch-size auto: {size}"
-            if size
-            else "too small for the weights: some layers stay in host memory"
-        )
-        print(
-            f"{card.name}: {card.peak / 1e12:.0f} TFLOP/s, {card.bandwidth / 1e12:.2f} TB/s, "
-            f"{card.launch * 1e6:.0f} µs a launch; {card.memory} GiB, {chosen}"
-        )
-    print("questions batch   TFLOP a   launches of a   keys, values  live   questions a second on")
-    print(
-        " an image  size  question  prefill     step   GB a step          "
-        + "  ".join(card.name for card in CARDS)
-    )
-    found = {}
-    h100 = CARDS[0]
-    size = paper_batch_size(h100, model)
+    print(f"GiB: weights {weights / 2**30:.2f}, a lane of {NUM_SLOTS} slots {lane:.2f}, ", end="")
+    print(f"passes {needed:.1f}; an H100 takes {size} lanes by --batch-size auto")
+    print("questions batch   TFLOP a   launches of a   keys, values  live  questions")
+    print(" an image  size  question  prefill     step   GB a step          a second")
+    rates, launches = [], 0
     for questions, batch_size in itertools.product([1, 10], [64, size]):
-        case = found[questions, batch_size] = run_on_paper(model, prompter, questions, batch_size)
+        case = run_on_paper(model, prompter, questions, batch_size)
         print(
             f"{questions:>9} {batch_size:>5} {case.tflop:>9.2f} {case.prefill_ops:>8.0f} "
-            f"{case.step_ops:>8} {case.kv_gb:>11.1f} {case.occupancy:>7.0%}   "
-            + "  ".join(f"{rate:>7.1f}" for rate in case.rates.values()),
+            f"{case.step_ops:>8} {case.kv_gb:>11.1f} {case.occupancy:>7.0%} {case.rate:>9.1f}",
             flush=True,
         )
-    rates = [found[questions, size].rates[h100] for questions in (1, 10)]
-    launches = max(case.step_ops for case in found.values())
+        rates.append(case.rate)
+        launches = max(launches, case.step_ops)
     print(
-        f"on paper, H100, default flags: {rates[0]:.0f} questions/s at 1 question an image, "
-        f"{rates[1]:.0f} at 10; {launches} launches a step"
+        f"on paper, H100, default flags: {rates[1]:.0f} questions/s at 1 question an image, "
+        f"{rates[3]:.0f} at 10; {launches} launches a step"
     )
 
 
