@@ -35,7 +35,6 @@ ATTRIBUTES = {
     "torch_version": "none",
     "transformers_version": "none",
     "python_version": "none",
-    "storage_dtype": "float32",
     "dataset": "synthetic.csv",
     "dataset_sha256": "0" * 64,
     "created_at": "2026-01-01T00:00:00+00:00",
@@ -101,7 +100,9 @@ def write_sample(
     vectors = draw_states(rng, image_rng, layers, answer, is_wrong)
     counts = {"num_prompt_tokens": 275, "num_answer_tokens": 4, "answer_truncated": False}
     positions = {"vision_token_pos": 260, "query_token_pos": 274}
-    group.attrs.update({"question_id": f"{row:06d}", "row": row, **counts, **positions})
+    group.attrs.update({"question_id": f"{row:06d}", **counts, **positions})
+    if schema_version < 3:
+        group.attrs["row"] = row
     if schema_version >= 2:
         doubt = rng.exponential(0.5 if is_wrong else 0.3, 5)  # four tokens and the end's
         vectors["answer_logprobs"] = -doubt.astype(np.float32)
@@ -119,7 +120,7 @@ def write_parts(
     layers: list[int],
     interval: int = 1000,
     num_answers: int = 2,
-    schema_version: int = 2,
+    schema_version: int = 3,
 ) -> None:
     """Parts of `interval` samples each."""
     directory.mkdir(parents=True, exist_ok=True)
