@@ -5,12 +5,9 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import zlib
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -107,17 +104,6 @@ def test_the_table_shows_the_figures(run_dir, capsys):
     assert lines["layers"] == ["0,", "2,", "4,", "6,", "7"]
 
 
-def test_figures_leave_out_what_is_not_finite():
-    matrix = np.random.default_rng(1).standard_normal((9, 8)).astype(np.float32)
-    matrix[2, 3], matrix[4, :2], matrix[5] = np.inf, np.nan, 0
-    finite = matrix[[0, 1, 3, 6, 7, 8]]
-    figures = inspect_h5.summarise(matrix)
-    assert figures["nonfinite_share"] == pytest.approx(3 / 72)
-    assert figures["max_abs"] == np.abs(matrix[np.isfinite(matrix)]).max()
-    assert figures["mean_cosine"] == pytest.approx(by_hand(finite)[-1], rel=1e-5)
-    assert figures["norm_mean"] == pytest.approx(by_hand(finite)[0] * 6 / 7)  # and the zero vector
-
-
 @pytest.mark.parametrize(
     ("text", "width", "shown"),
     [
@@ -169,13 +155,6 @@ def test_json_has_no_nan(output, capsys):
     assert facts["figures"][QUERY]["nonfinite_share"] == pytest.approx(0.2)
 
 
-def test_json_of_parts_with_other_attributes(output, capsys):
-    with h5py.File(output / PART.format(2), "r+") as file:
-        del file.attrs["device"]
-    facts = json.loads(call(capsys, output, "--json")[1])
-    assert facts["settings"]["device"] == ["cpu", None, "cpu"]
-
-
 def test_a_layer_alone(run_dir, capsys):
     facts = json.loads(call(capsys, run_dir / "output", "--json", "--layer", "4")[1])
     assert list(facts["figures"]) == [f"{kind}/layer_4" for kind in KINDS]
@@ -185,20 +164,6 @@ def test_a_sample_of_many_is_drawn_unless_all(run_dir, capsys, monkeypatch):
     monkeypatch.setattr(inspect_h5, "NUM_DRAWN", 4)
     assert "figures of 4 samples, drawn at random" in call(capsys, run_dir / "output")[1]
     assert "figures of 12 samples\n" in call(capsys, run_dir / "output", "--all")[1]
-
-
-def test_types_in_the_file_are_named(tmp_path, capsys):
-    with h5py.File(tmp_path / "types.h5", "w") as file:
-        space = h5py.h5s.create_simple((4,))
-        h5py.h5d.create(file.id, b"a", bfloat16_type(), space).write(
-            space, space, np.ones(4, np.float32)
-        )
-        file.create_dataset("b", data=np.ones(4, np.float16), compression="gzip")
-    with h5py.File(tmp_path / "types.h5") as file:
-        tree = inspect_h5.describe_sample(file, ["a", "b"])
-        out = inspect_h5.read(file, "a", 4)
-    assert (tree["a"], tree["b"]) == ("bfloat16 [4]", "float16 [4] gzip")
-    assert (out == 1).all()
 
 
 @pytest.mark.parametrize("question_id", ["кириллица/日本", "..", "50%/a", "000"])
@@ -353,17 +318,6 @@ def test_a_csv_with_an_id_twice_is_refused(run_dir, tmp_path, capsys):
     assert "twice.csv" in err
 
 
-def test_a_csv_with_a_field_too_many_is_refused(run_dir, tmp_path, capsys):
-    lines = (run_dir / "vqa.csv").read_text(encoding="utf-8").splitlines()
-    for place in (1, 2):
-        ragged = [line + ",extra" * (k == place) for k, line in enumerate(lines)]
-        (tmp_path / "ragged.csv").write_text("\n".join(ragged), encoding="utf-8")
-        args = (run_dir / "output", "--verify", "--vqa-dataset", tmp_path / "ragged.csv")
-        status, out, err = call(capsys, *args)
-        assert (status, out, len(err.splitlines())) == (1, "", 1)
-        assert "ragged.csv" in err
-
-
 def test_the_csv_may_use_other_names(run_dir, tmp_path, capsys):
     table = pd.read_csv(run_dir / "vqa.csv", dtype=str, keep_default_na=False)[:-1]
     table = table.rename(columns={"image_id": "image_name", "answer": "gt_answer"})
@@ -431,13 +385,6 @@ def test_one_model_by_two_paths_on_two_cards_is_one_run(output, capsys):
     assert "model_name is 'elsewhere/gemma'" in call(capsys, output, "--verify")[1]
 
 
-def test_a_broken_vector_leaves_no_half_file(output, tmp_path, capsys):
-    with h5py.File(output / PART.format(2), "r+") as file:
-        del next(iter(file.values()))[QUERY]
-    assert call(capsys, output, "--export", tmp_path / "x.npz")[0] == 1
-    assert not list(tmp_path.glob("x*"))
-
-
 @pytest.mark.parametrize(("kind", "layer"), [(KINDS[1], 4), ("vision_representation", None)])
 def test_load_embeddings(run_dir, kind, layer):
     table, matrix = inspect_h5.load_embeddings(run_dir / "output", kind, layer)
@@ -456,15 +403,6 @@ def test_load_embeddings_of_files_in_their_order(run_dir):
     assert list(table["question_id"][5:]) == [
         s["question_id"] for s in stored(run_dir / "output")[:5]
     ]
-
-
-def test_parts_stand_as_they_are_given_and_those_of_a_directory_by_number(output):
-    part = output / PART.format(2)
-    shutil.copy(part, output / PART.format(1000))
-    shutil.copy(part, output / PART.format(999))
-    paths = [output / PART.format(3), part, output]
-    names = [path.name for path in inspect_h5.scan_parts(paths)[0]]
-    assert names == [PART.format(k) for k in (3, 2, 1, 999, 1000)]
 
 
 @pytest.mark.parametrize(("kind", "layer"), [(KINDS[1], 5), (KINDS[1], None), ("nothing", None)])
@@ -544,72 +482,8 @@ def test_colours_by_a_column_of_a_csv(run_dir, tmp_path):
     np.testing.assert_array_equal(mark["c"], column.reindex(ids))
 
 
-def test_colours_of_two_numbers_are_categories(run_dir, tmp_path):
-    ids = [s["question_id"] for s in stored(run_dir / "output")]
-    labels = pd.DataFrame({"question_id": ids, "label": ["0", "1"] * 5 + ["", ""]})
-    labels.to_csv(tmp_path / "labels.csv", index=False)
-    marks = marks_of(run_dir, f"{tmp_path}/labels.csv:label")
-    expected = {"5 × 0": "0", "5 × 1": "1", "2 × others": ""}
-    assert [mark["label"] for _, mark in marks] == list(expected)
-    for samples, mark in marks:
-        np.testing.assert_array_equal(samples, labels["label"] == expected[mark["label"]])
-
-
-def test_colours_by_text_keep_none_and_numbers(run_dir):
-    texts = pd.Series([s["ground_truth_answer"] for s in stored(run_dir / "output")])
-    *marks, (_, grey) = marks_of(run_dir, "ground_truth_answer")
-    labels = [mark["label"] for _, mark in marks]
-    assert {"None", "007", "nan"} <= {label.partition(" × ")[2] for label in labels}
-    assert len(labels) == len({mark["c"] for _, mark in marks})
-    for samples, mark in marks:
-        (text,) = set(texts[list(samples)])
-        assert mark["label"] == f"{(texts == text).sum()} × {inspect_h5.one_line(text, 24)}"
-    assert grey["label"] == f"{len(texts) - sum(sum(s) for s, _ in marks)} × others"
-
-
 def luminance(color):
     return np.dot(color[:3], [0.299, 0.587, 0.114])
-
-
-def test_plot_of_one_layer_and_two_categories(run_dir, tmp_path, capsys, figures):
-    ids = [s["question_id"] for s in stored(run_dir / "output")]
-    labels = pd.DataFrame({"question_id": ids, "label": ["yes", "no", "yes"] * 4})
-    labels.to_csv(tmp_path / "labels.csv", index=False)
-    flags = ["--layer", "4", "--color-by", f"{tmp_path}/labels.csv:label"]
-    assert call(capsys, run_dir / "output", "--plot", tmp_path / "x.png", *flags)[0] == 0
-    (figure,) = figures
-    figure.draw_without_rendering()
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["8 × yes", "4 × no"]
-    for kind, axes in zip(KINDS, figure.axes, strict=True):
-        assert axes.get_title().startswith(f"{kind}\nlayer_4\n")
-        yes, no = axes.collections
-        assert (len(yes.get_offsets()), len(no.get_offsets())) == (8, 4)
-        # To be told apart in print as well: by the marker, and by how dark it is.
-        assert len(yes.get_paths()[0].vertices) != len(no.get_paths()[0].vertices)
-        assert abs(luminance(yes.get_facecolor()[0]) - luminance(no.get_facecolor()[0])) > 0.2
-        points = np.concatenate([yes.get_offsets(), no.get_offsets()])
-        matrix = [s[f"{kind}/layer_4"] for s in stored(run_dir / "output")]
-        u, s, _ = np.linalg.svd(np.stack(matrix) - np.mean(matrix, axis=0, dtype=float))
-        expected = u[:, :2] * s[:2]
-        order = labels["label"].to_numpy() == "yes"
-        expected = np.abs(np.concatenate([expected[order], expected[~order]]))
-        np.testing.assert_allclose(np.abs(points), expected, atol=1e-5)
-    boxes = [axes.get_tightbbox() for axes in figure.axes]
-    boxes += [legend.get_window_extent(), figure._suptitle.get_window_extent()]
-    assert legend.get_window_extent().x0 > max(box.x1 for box in boxes[:-2])
-    for k, box in enumerate(boxes):
-        assert not any(box.overlaps(other) for other in boxes[:k])
-    assert len({round(axes.get_position().x0, 3) for axes in figure.axes}) == 1  # in one column
-
-
-def test_categories_that_begin_alike_have_entries_of_their_own(run_dir, tmp_path, capsys, figures):
-    ids = [s["question_id"] for s in stored(run_dir / "output")]
-    texts = [f"_the picture shows a small {what}" for what in ("cat", "dog")] * 6
-    pd.DataFrame({"question_id": ids, "label": texts}).to_csv(tmp_path / "labels.csv", index=False)
-    flags = ["--layer", "4", "--color-by", f"{tmp_path}/labels.csv:label"]
-    assert call(capsys, run_dir / "output", "--plot", tmp_path / "x.png", *flags)[0] == 0
-    assert len(figures[0].legends[0].get_texts()) == 2
 
 
 # What is refused
@@ -684,16 +558,6 @@ def test_a_closed_pipe_is_no_error(run_dir):
     assert (len(done.stdout.splitlines()), done.stderr) == (1, "")
 
 
-def test_a_terminal_without_unicode(run_dir):
-    command = [sys.executable, ROOT / "inspect_h5.py", run_dir / "output", "--max-samples", "12"]
-    env = {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, capture_output=True, env=env)
-    assert (done.returncode, done.stderr) == (0, b"")
-    done = subprocess.run([*command, "--json"], capture_output=True, env=env)
-    ids = [sample["question_id"] for sample in json.loads(done.stdout)["samples"]]
-    assert ids == [sample["question_id"] for sample in stored(run_dir / "output")]
-
-
 def test_a_part_without_samples(output, capsys):
     with h5py.File(output / PART.format(1), "r+") as file:
         file.clear()
@@ -708,97 +572,6 @@ def test_a_part_without_samples(output, capsys):
 MADE = [0, 12, 47]  # layers of parts that a script writes
 MADE_NAMES = [NAMES[0], *(f"{kind}/layer_{i}" for kind in KINDS for i in MADE)]
 LATE = "query_token_representation/layer_47"
-
-
-def stored_made(directory):
-    """Every vector of parts that a script wrote, as h5py gives it."""
-    samples = []
-    for path in sorted(directory.glob("*.h5")):
-        with h5py.File(path) as file:
-            samples += [{n: group[n][()] for n in MADE_NAMES} for group in file.values()]
-    return samples
-
-
-def bfloat16_type():
-    bfloat16 = h5py.h5t.IEEE_F32LE.copy()
-    bfloat16.set_fields(15, 7, 8, 0, 7)
-    bfloat16.set_size(2)
-    bfloat16.set_ebias(127)
-    return bfloat16
-
-
-def store_otherwise(group, storage):
-    """Write a sample's vectors anew: compressed, or all but the means in bfloat16."""
-    read_back = {LOGPROBS: group[LOGPROBS][()]}
-    for name in MADE_NAMES:
-        values = group[name][()]
-        del group[name]
-        if storage == "bfloat16" and "multimodal" not in name:
-            space = h5py.h5s.create_simple(values.shape)
-            dataset = h5py.h5d.create(group.id, name.encode(), bfloat16_type(), space)
-            dataset.write(space, space, values)
-        else:
-            compression = None if storage == "bfloat16" else storage
-            group.create_dataset(name, data=values, compression=compression)
-        read_back[name] = group[name][()]
-    group.attrs["crc32"] = checksum(read_back)
-
-
-STORAGES = {
-    "gzip": ("float32 [3840] gzip", "float32 [3840] gzip"),
-    "lzf": ("float32 [3840] lzf", "float32 [3840] lzf"),
-    "bfloat16": ("bfloat16 [3840]", "float32 [3840]"),
-}
-
-
-@pytest.fixture(scope="module", params=STORAGES)
-def stored_otherwise(request, tmp_path_factory):
-    """The storage, and parts in it."""
-    directory = tmp_path_factory.mktemp("storage")
-    write_parts(directory / "output", 8, MADE, interval=5)
-    for path in (directory / "output").glob("*.h5"):
-        with h5py.File(path, "r+") as file:
-            for group in file.values():
-                store_otherwise(group, request.param)
-    return request.param, directory
-
-
-def test_view_and_verify_of_parts_stored_otherwise(stored_otherwise, capsys):
-    storage, directory = stored_otherwise
-    status, out, err = call(capsys, directory / "output")
-    lines = out[: out.index("figures of")].splitlines()
-    tree = dict(re.split(r"  +", line) for line in lines if "layer_47 " in line)
-    assert (status, err) == (0, "")
-    assert (tree[LATE], tree[f"{KINDS[2]}/layer_47"]) == STORAGES[storage]
-    assert call(capsys, directory / "output", "--verify")[:2] == (
-        0,
-        "nothing wrong with 8 samples\n",
-    )
-
-
-def test_verify_of_parts_stored_otherwise_finds_a_value(stored_otherwise, tmp_path, capsys):
-    output = shutil.copytree(stored_otherwise[1] / "output", tmp_path / "output")
-    with h5py.File(output / PART.format(1), "r+") as file:
-        file["000000"][LATE][3] = np.inf
-    status, out, _ = call(capsys, output, "--verify")
-    assert (status, len(out.splitlines())) == (1, 2)
-    assert f"{LATE}: not finite (1: '000000')" in out
-    assert "crc32 is not that of the vectors (1: '000000')" in out
-
-
-def test_export_and_load_of_parts_stored_otherwise(stored_otherwise, tmp_path, capsys):
-    storage, directory = stored_otherwise
-    samples = stored_made(directory / "output")
-    assert call(capsys, directory / "output", "--export", tmp_path / "all.npz")[0] == 0
-    with np.load(tmp_path / "all.npz") as file:
-        for name in MADE_NAMES:
-            assert file[name].dtype == np.float32
-            np.testing.assert_array_equal(file[name], [sample[name] for sample in samples])
-        is_short = not (file[LATE].view(np.uint32) & 0xFFFF).any()  # all is in bfloat16's 16 bits
-        assert is_short == (storage == "bfloat16")
-    table, matrix = inspect_h5.load_embeddings(directory / "output", KINDS[1], 47)
-    assert list(table["question_id"]) == [f"{row:06d}" for row in range(8)]
-    np.testing.assert_array_equal(matrix, [sample[LATE] for sample in samples])
 
 
 # Schema versions 1 and 2
@@ -964,40 +737,6 @@ def test_parts_of_two_schemas_are_not_mixed(made_output, capsys):
 # failed_samples.csv as people leave it
 
 HEADER = b"question_id,image_id,error\n"
-LISTS = {
-    "as it was": (HEADER + b"a,a.png,gone\nb,b.png,gone\n", 2),
-    "nothing": (HEADER, 0),
-    "empty lines": (HEADER + b"a,a.png,gone\n\n\n", 1),
-    "Latin-1": (HEADER + b"a,a.png,caf\xe9\n", 1),
-    "a mark": (b"\xef\xbb\xbf" + HEADER + b"a,a.png,gone\n", 1),
-    "NUL": (HEADER + b"a,a\x00.png,gone\n", 1),
-    "fields": (HEADER + b"a\nb,b.png,gone,long ago\n", 2),
-    "another column": (b"question_id,why\na,gone\n", 1),
-    "twice": (HEADER + b"a,a.png,gone\na,a.png,gone\n", 2),
-    "no id": (b"id,error\na,gone\n", None),
-    "empty": (b"", None),
-    "a quote": (HEADER + b'a,"a.png,gone\nb,b.png,gone\n', None),
-    "UTF-16": ("question_id,error\na,gone\n".encode("utf-16"), None),
-}
-
-
-@pytest.mark.parametrize("case", LISTS)
-def test_a_list_of_failures_that_somebody_edited_spoils_no_view(made_output, capsys, case):
-    content, count = LISTS[case]
-    (made_output / "failed_samples.csv").write_bytes(content)
-    status, out, err = call(capsys, made_output)
-    facts = json.loads(call(capsys, made_output, "--json")[1])
-    assert (status, err) == (0, "")
-    assert f"failed: {count or 0}\n" in out
-    assert ("failed_samples.csv cannot be read" in out) == (count is None)
-    assert (facts["num_failed"], len(facts["unreadable"])) == (count or 0, int(count is None))
-
-
-def test_a_directory_in_place_of_the_list_spoils_no_view(made_output, capsys):
-    (made_output / "failed_samples.csv").mkdir()
-    status, out, _ = call(capsys, made_output)
-    assert status == 0
-    assert "failed_samples.csv cannot be read" in out
 
 
 # All 48 layers
@@ -1030,13 +769,6 @@ def test_json_holds_all_layers_and_a_layer_is_shown_on_its_own(all_layers, capsy
     assert all(f"{kind}/layer_31" in out[out.index("mean L2") :] for kind in KINDS)
 
 
-def test_plot_of_all_layers_picks_five_and_says_so(all_layers, tmp_path, capsys):
-    out = call(capsys, all_layers, "--plot", tmp_path / "x.png")[1]
-    assert "16 panels of 4 of 4 samples; layers 0, 12, 24, 36, 47 of 48; --layer I for" in out
-    out = call(capsys, all_layers, "--plot", tmp_path / "x.png", "--layer", 31)[1]
-    assert "3 panels of 4 of 4 samples\n" in out
-
-
 def test_export_of_one_layer_of_all(all_layers, tmp_path, capsys):
     args = (all_layers, "--export", tmp_path / "x.npz", "--layer", 31)
     assert call(capsys, *args)[0] == 0
@@ -1045,46 +777,6 @@ def test_export_of_one_layer_of_all(all_layers, tmp_path, capsys):
 
 
 # How it ends
-
-
-def has_set_its_signals(pid):
-    """Whether the script's first lines have run: Python alone ignores SIGPIPE."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    (ignored,) = (int(line.split()[1], 16) >> 12 & 1 for line in lines if "SigIgn" in line)
-    (caught,) = (int(line.split()[1], 16) >> 1 & 1 for line in lines if "SigCgt" in line)
-    return bool(caught and not ignored)
-
-
-def wait_until(condition, *args):
-    for _ in range(2000):
-        if condition(*args):
-            return
-        time.sleep(0.01)
-    raise TimeoutError(condition.__name__)
-
-
-def is_read(fifo):
-    """Whether a process waits for what is written into it."""
-    try:
-        is_read.end = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
-    except OSError:
-        return False
-    return True
-
-
-@pytest.mark.parametrize("moment", ["importing", "working"])
-def test_ctrl_c_is_quiet(made, tmp_path, moment):
-    os.mkfifo(tmp_path / "vqa.csv")
-    flags = [made / "output", "--verify", "--vqa-dataset", tmp_path / "vqa.csv"]
-    command = [sys.executable, ROOT / "inspect_h5.py", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    if moment == "importing":
-        wait_until(has_set_its_signals, process.pid)
-    else:
-        wait_until(is_read, tmp_path / "vqa.csv")
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60) == (b"", b"")
-    assert process.returncode == 130
 
 
 def test_a_full_disk_is_one_line(made):

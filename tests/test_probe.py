@@ -290,15 +290,6 @@ def test_baselines_are_scikit_learns_own(known, facts):
     assert abs(facts["baselines"]["question text alone"]["mean"] - 0.5) < 0.1
 
 
-def test_a_numbers_direction_comes_from_the_other_folds():
-    labels = np.tile([False, True], 8)
-    values = np.tile([0.0, 1.0], 8)
-    values[:4] = 1 - values[:4]  # in the first fold it is the other way round
-    task = inspect_h5.Task(labels, np.array(["x"] * 16), np.split(np.arange(16), 4))
-    assert inspect_h5.try_numbers(task, values) == [0, 1, 1, 1]
-    assert inspect_h5.try_numbers(task, -values) == [0, 1, 1, 1]
-
-
 def test_a_question_tells_the_label_but_not_the_shuffled_one(tiny, tmp_path, monkeypatch):
     """Labels that follow the question's place in each image are no leak."""
     monkeypatch.setattr(inspect_h5, "NUM_FOLDS", 5)
@@ -314,21 +305,6 @@ def test_a_question_tells_the_label_but_not_the_shuffled_one(tiny, tmp_path, mon
     assert facts["cells"][QUERY]["mean"] == 1
     assert abs(facts["shuffled"]["mean"] - 0.5) < 0.15
     assert not facts["leaks"]
-
-
-@pytest.mark.parametrize("kind", [{"schema_version": 1}, {"max_new_tokens": 0}])
-def test_what_is_not_stored_is_a_dash(tiny, tmp_path, capsys, kind):
-    directory, table, states = tiny
-    if "max_new_tokens" in kind:
-        table["num_answer_tokens"] = 0
-    write_run(directory, table, states, **kind)
-    label = write_labels(tmp_path / "labels.csv", table, np.arange(60) % 3 == 0)
-    status, out, _ = call(capsys, directory, "--probe", label, "--representation", VISION)
-    cells = {line[:30].strip(): line[30:] for line in out.splitlines()}
-    assert status == 0
-    dashes = {name for name, cell in cells.items() if cell == "-"}
-    expected = {"first-token entropy", *MEANS}
-    assert dashes == expected | ({"answer length in tokens"} if "max_new_tokens" in kind else set())
 
 
 # Controls
@@ -351,35 +327,6 @@ def test_shuffled_labels_notice_a_planted_leak(tmp_path, capsys, monkeypatch):
     status, out, _ = call(capsys, *flags)
     assert status == 0
     assert "something leaks" in out
-
-
-def test_shuffling_keeps_the_labels_of_an_image_together_in_another_order():
-    images = np.repeat(["a", "b", "c", "d"], 5)
-    labels = np.repeat([True, False, False, True], 5)
-    task = inspect_h5.Task(labels, images, [])
-    rng = np.random.default_rng(0)
-    drawn = [inspect_h5.shuffle_labels(task, rng) for _ in range(50)]
-    assert all({*shuffled.reshape(4, 5).sum(axis=1)} == {0, 5} for shuffled in drawn)
-    assert len({tuple(shuffled) for shuffled in drawn}) == 6  # 4 over 2
-    mixed = np.tile([True, False, False, False, False], 4)
-    task = inspect_h5.Task(mixed, images, [])
-    drawn = [inspect_h5.shuffle_labels(task, rng) for _ in range(50)]
-    assert all(shuffled.reshape(4, 5).sum(axis=1).tolist() == [1] * 4 for shuffled in drawn)
-    assert all(np.mean(drawn, axis=0) < 0.5)  # its place in the image is another each time
-
-
-def test_each_matrix_is_read_once(tiny, capsys, monkeypatch):
-    read, names = inspect_h5.read_matrix, []
-
-    def count(samples, name, width):
-        names.append(name)
-        return read(samples, name, width)
-
-    monkeypatch.setattr(inspect_h5, "read_matrix", count)
-    monkeypatch.setattr(inspect_h5, "STRENGTHS", (1,))
-    assert call(capsys, tiny[0], "--probe", "answer_is_wrong")[0] == 0
-    assert sorted(names) == sorted({*names})
-    assert len(names) == 7
 
 
 # Labels
@@ -501,28 +448,10 @@ def test_the_perceptron(known, capsys):
     assert not facts["leaks"]
 
 
-def test_the_bar_is_on_stderr_alone(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    args = (tiny[0], "--probe", "answer_is_wrong", "--json", "--layer", 3)
-    status, out, err = call(capsys, *args)
-    assert status == 0
-    assert len(json.loads(out)["cells"]) == 3
-    assert "cell" in err
-
-
 def many_layers(count):
     cell = {"auroc": [0.5, 0.7], "mean": 0.6, "sd": 0.1414}
     names = [VISION, *(f"{kind}/layer_{layer}" for kind in KINDS for layer in range(count))]
     return dict.fromkeys(names, cell)
-
-
-def test_the_table_of_many_layers_lies_on_its_side():
-    lines = inspect_h5.show_layers(many_layers(48)).splitlines()
-    assert lines[0].split() == ["layer", "vision_token", "query_token", "multimodal"]
-    assert [line.split() for line in lines[1:]] == [[str(i), *["0.60±0.14"] * 3] for i in range(48)]
-    lines = inspect_h5.show_layers(many_layers(5)).splitlines()
-    assert len(lines) == 4
-    assert max(map(len, lines)) <= 80
 
 
 @pytest.fixture
@@ -532,36 +461,6 @@ def figures(monkeypatch):
     save = "matplotlib.figure.Figure.savefig"
     monkeypatch.setattr(save, lambda figure, path, **_: drawn.append(figure))
     return drawn
-
-
-def test_the_plot_draws_what_the_table_says(facts, figures, tmp_path):
-    inspect_h5.plot_probe(tmp_path / "x.png", facts)
-    (figure,) = figures
-    (axes,) = figure.axes
-    figure.draw_without_rendering()
-    handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    for kind in KINDS:
-        cells = [facts["cells"][f"{kind}/layer_{layer}"] for layer in (0, 3)]
-        line, _, (spreads,) = handles[kind]
-        np.testing.assert_allclose(
-            line.get_xydata(), [[0, cells[0]["mean"]], [3, cells[1]["mean"]]]
-        )
-        for cell, spread in zip(cells, spreads.get_segments(), strict=True):
-            bounds = [cell["mean"] - cell["sd"], cell["mean"] + cell["sd"]]
-            np.testing.assert_allclose(spread[:, 1], bounds)
-    levels = {VISION: facts["cells"][VISION]} | facts["baselines"]
-    levels["best probe, labels shuffled"] = facts["shuffled"]
-    styles = set()
-    for name, cell in levels.items():
-        (label,) = [label for label in handles if label.startswith(name)]
-        assert set(handles[label].get_ydata()) == {cell["mean"]}
-        styles.add((handles[label].get_color(), str(handles[label]._dash_pattern)))
-    assert len(styles) == len(levels)
-    assert len({handles[kind][0].get_color() for kind in KINDS}) == 3
-    (legend,) = figure.legends
-    assert len(legend.get_texts()) == 3 + len(levels)
-    assert legend.get_window_extent().x0 > axes.get_tightbbox().x1
-    assert legend.get_window_extent().x1 <= figure.bbox.x1
 
 
 def test_probe_and_plot_write_the_table_and_the_picture(tiny, tmp_path, capsys):
