@@ -1,14 +1,18 @@
 """States, answers and their probabilities against transformers alone: nothing shared, no lanes."""
 
 import itertools
+import json
 import math
 import random
+import shutil
 import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import CSV, IMAGES, MODEL, make_options, read_csv
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 import run_gemma3_extraction as script
@@ -204,6 +208,53 @@ def test_what_is_offloaded_changes_nothing(prompter, references, tmp_path, monke
     assert_as_references(run_all(make_extractor(model, prompter, 5), rows), references)
 
 
+def write_hub_layout(directory, image_token_id=None):
+    """The tiny model as the released ones lie there: old names of weights, a sparse config; on
+    demand with an image token outside the vocabulary.
+    """
+    shutil.copytree(MODEL, directory)
+    renamed = {}
+    for name, tensor in load_file(MODEL / "model.safetensors").items():
+        name = name.replace("model.language_model.", "language_model.model.")
+        name = name.replace("model.vision_tower.", "vision_tower.vision_model.")
+        if ".head." not in name:  # the vision tower's, which the released ones have not
+            renamed[name.replace("model.multi_modal_projector.", "multi_modal_projector.")] = tensor
+    save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((MODEL / "config.json").read_text())
+    dropped = ("layer_types", "rope_parameters", "vocab_size_per_layer_input", "dtype")
+    text = {name: value for name, value in config["text_config"].items() if name not in dropped}
+    text["rope_scaling"] = {"factor": 8.0, "rope_type": "linear"}
+    config |= {"text_config": text, "torch_dtype": "bfloat16"}
+    config["vision_config"]["vision_use_head"] = False
+    if image_token_id:
+        old, config["image_token_index"] = config["image_token_index"], image_token_id
+        config.pop("image_token_id", None)
+        tokenizer = json.loads((MODEL / "tokenizer.json").read_text())
+        for token in tokenizer["added_tokens"]:
+            token["id"] = image_token_id if token["id"] == old else token["id"]
+        vocab = tokenizer["model"]["vocab"]
+        vocab[next(piece for piece, i in vocab.items() if i == old)] = image_token_id
+        (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize("image_token_id", [None, 900])
+def test_checkpoints_as_they_are_on_the_hub(tmp_path, image_token_id):
+    directory = write_hub_layout(tmp_path / "hub", image_token_id)
+    plain = AutoModelForImageTextToText.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+    processor = AutoProcessor.from_pretrained(directory, backend="pil")
+    model, prompter = load(directory)
+    vocab_size = model.config.text_config.vocab_size
+    assert model.config.image_token_id == (image_token_id or plain.config.image_token_id)
+    assert (model.config.image_token_id >= vocab_size) == bool(image_token_id)
+    rows = [row for row in make_rows() if row.image_id in ("circle.png", "wide.jpg")][:5]
+    expected = {row.question_id: reference(plain, processor, row) for row in rows}
+    assert_as_references(run_all(make_extractor(model, prompter, 4), rows), expected)
+
+
 def test_the_short_norm_is_gemmas():
     torch.manual_seed(0)
     norm = Gemma3RMSNorm(64)
@@ -218,62 +269,15 @@ def test_the_short_norm_is_gemmas():
 # ─────────────────────────────────── mistakes that people make here ───────────────────────────────
 
 
-def change_masks(monkeypatch, change):
-    masks = script.causal_masks
-    monkeypatch.setattr(script, "causal_masks", lambda *args: masks(*change(*args)))
-
-
-def change_capture(monkeypatch, change):
-    capture = script.capture
-
-    def changed(model, layers, kept_pos, lengths):
-        return capture(model, layers, *change(kept_pos, lengths))
-
-    monkeypatch.setattr(script, "capture", changed)
-
-
-def break_position(monkeypatch):
-    """A lane sees a slot beyond its position."""
-    change_masks(monkeypatch, lambda pos, *rest: (pos + 1, *rest))
-
-
-def break_window(monkeypatch):
-    change_masks(monkeypatch, lambda pos, slots, window, dtype: (pos, slots, window + 1, dtype))
-
-
-def break_padding(monkeypatch):
-    """A question's padding counts in its mean."""
-    change_capture(monkeypatch, lambda kept, n: (kept, n.max().expand_as(n)))
-
-
-def break_kept_token(monkeypatch):
-    change_capture(monkeypatch, lambda kept, n: (kept - 1, n))
-
-
-def break_mean_without_bos(monkeypatch):
-    change_capture(monkeypatch, lambda kept, n: (kept, n - 1))
-
-
-def break_move(monkeypatch):
-    """A lane moves without its keys and values."""
-    monkeypatch.setattr(script.Lanes, "move", lambda *_: None)
-
-
-def break_move_of_tokens(monkeypatch):
-    """A lane moves without its token: another's stands where it was."""
-    close_gaps = script.Extractor._close_gaps
-
+def reverse_after(close_gaps):
     def broken(self):
         close_gaps(self)
         self._live.reverse()
 
-    monkeypatch.setattr(script.Extractor, "_close_gaps", broken)
+    return broken
 
 
-def break_dead_lane(monkeypatch):
-    """Of a lane that is dead the token is stored all the same."""
-    finish = script.Extractor._finish
-
+def keep_dead(finish):
     def broken(self, lane, is_truncated):
         live = self._live[lane]
         sample = finish(self, lane, is_truncated)
@@ -281,23 +285,10 @@ def break_dead_lane(monkeypatch):
             self._live[lane] = live
         return sample
 
-    monkeypatch.setattr(script.Extractor, "_finish", broken)
+    return broken
 
 
-def break_seat(monkeypatch):
-    """An image's cache is copied from its neighbour's row."""
-    seat = script.Lanes.seat
-
-    def broken(self, start, cache, images):
-        seat(self, start, cache, [max(0, image - 1) for image in images])
-
-    monkeypatch.setattr(script.Lanes, "seat", broken)
-
-
-def break_decoding_hooks(monkeypatch):
-    """The hooks keep what a decoding step shows them."""
-    decode = script.Extractor._decode
-
+def hook_decoding(decode):
     def broken(self):
         lives, zeros = list(self._live), torch.zeros(len(self._live), dtype=torch.long)
         with script.capture(self.model, self.layers, zeros, zeros + 1) as (_, kept, _):
@@ -307,51 +298,18 @@ def break_decoding_hooks(monkeypatch):
                 live.query_token = query_token
         return outcomes
 
-    monkeypatch.setattr(script.Extractor, "_decode", broken)
+    return broken
 
 
-def break_image_mask(monkeypatch):
-    forward = script.nn.Module.__call__
-
+def drop_image_mask(call):
     def broken(self, *args, **kwargs):
         kwargs.pop("token_type_ids", None)
-        return forward(self, *args, **kwargs)
+        return call(self, *args, **kwargs)
 
-    monkeypatch.setattr(script.nn.Module, "__call__", broken)
-
-
-def break_last_layer(monkeypatch):
-    """The last layer's output with the final norm, as `hidden_states` has it."""
-    to_numpy = script.to_numpy
-
-    def broken(vectors):
-        found = to_numpy(vectors)
-        found[:, -1] /= np.sqrt((found[:, -1] ** 2).mean(-1, keepdims=True))
-        return found
-
-    monkeypatch.setattr(script, "to_numpy", broken)
+    return broken
 
 
-MISTAKES = [
-    *(break_position, break_window, break_padding, break_kept_token, break_mean_without_bos),
-    *(break_move, break_move_of_tokens, break_dead_lane, break_seat, break_decoding_hooks),
-    *(break_image_mask, break_last_layer),
-]
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_caught(ours, prompter, references, monkeypatch, mistake):
-    mistake(monkeypatch)
-    extractor = make_extractor(ours, prompter, 5)
-    extractor.max_pass_images = 8
-    with pytest.raises((AssertionError, IndexError)):
-        assert_as_references(run_all(extractor, make_rows()[:-1]), references)
-
-
-def leave_nan(monkeypatch):
-    """What the last owner left behind the prefix stays."""
-    seat = script.Lanes.seat
-
+def leave_what_was(seat):
     def broken(self, start, cache, images):
         before = [lanes.clone() for lanes in self.layers]
         seat(self, start, cache, images)
@@ -359,14 +317,78 @@ def leave_nan(monkeypatch):
             width = cache.layers[0].keys.shape[2]
             lanes[:, start:, :, width:] = old[:, start:, :, width:]
 
-    monkeypatch.setattr(script.Lanes, "seat", broken)
+    return broken
 
 
-@pytest.mark.parametrize("mistake", [None, leave_nan])
-def test_nan_stays_in_its_own_lane(ours, prompter, references, monkeypatch, mistake):
-    """Of the second image all is NaN: its questions fail, those that take their lanes do not."""
-    if mistake:
-        mistake(monkeypatch)
+def change_capture(change):
+    return lambda capture: lambda model, layers, *args: capture(model, layers, *change(*args))
+
+
+MISTAKES = {  # whose method, its name, and what becomes of it
+    "a lane sees a slot beyond its position": (
+        *(script, "causal_masks"),
+        lambda masks: lambda pos, *rest: masks(pos + 1, *rest),
+    ),
+    "the window counts from another token": (
+        *(script, "causal_masks"),
+        lambda masks: lambda pos, slots, window, dtype: masks(pos, slots, window + 1, dtype),
+    ),
+    "padding counts in the mean": (
+        *(script, "capture"),
+        change_capture(lambda kept, n: (kept, n.max().expand_as(n))),
+    ),
+    "the kept token is off by one": (
+        *(script, "capture"),
+        change_capture(lambda kept, n: (kept - 1, n)),
+    ),
+    "the mean leaves out a token": (
+        *(script, "capture"),
+        change_capture(lambda kept, n: (kept, n - 1)),
+    ),
+    "a lane moves without its keys": (script.Lanes, "move", lambda _: lambda *args: None),
+    "a lane moves without its token": (script.Extractor, "_close_gaps", reverse_after),
+    "a dead lane's token is stored": (script.Extractor, "_finish", keep_dead),
+    "a neighbour's image": (
+        *(script.Lanes, "seat"),
+        lambda seat: (
+            lambda self, start, cache, images: seat(
+                self, start, cache, [max(0, image - 1) for image in images]
+            )
+        ),
+    ),
+    "hooks keep a decoding step": (script.Extractor, "_decode", hook_decoding),
+    "no image mask": (script.nn.Module, "__call__", drop_image_mask),
+    "the last layer normed": (
+        *(script, "to_numpy"),
+        lambda read: (
+            lambda vectors: read(
+                {
+                    i: v / v.norm(dim=-1, keepdim=True) if i == LAYERS[-1] else v
+                    for i, v in vectors.items()
+                }
+            )
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_caught(ours, prompter, references, monkeypatch, name):
+    owner, method, mistake = MISTAKES[name]
+    monkeypatch.setattr(owner, method, mistake(getattr(owner, method)))
+    extractor = make_extractor(ours, prompter, 5)
+    extractor.max_pass_images = 8
+    with pytest.raises((AssertionError, IndexError)):
+        assert_as_references(run_all(extractor, make_rows()[:-1]), references)
+
+
+@pytest.mark.parametrize("is_left", [False, True])
+def test_nan_stays_in_its_own_lane(ours, prompter, references, monkeypatch, is_left):
+    """Of the second image all is NaN: its questions fail, those that take their lanes do not,
+    unless what the last owner left behind the prefix stays.
+    """
+    if is_left:
+        monkeypatch.setattr(script.Lanes, "seat", leave_what_was(script.Lanes.seat))
     pixels, calls = script.Prompter.pixels, itertools.count()
 
     def broken(*args):
@@ -379,7 +401,7 @@ def test_nan_stays_in_its_own_lane(ours, prompter, references, monkeypatch, mist
     outcomes = list(itertools.chain.from_iterable(make_extractor(ours, prompter, 3).run(pictures)))
     failures = [one for one in outcomes if isinstance(one, script.Failure)]
     sound = {one.question.row.question_id: one for one in outcomes if one not in failures}
-    if mistake:
+    if is_left:
         assert {failure.row.image_id for failure in failures} > {"wide.jpg"}
     else:
         assert {failure.row.image_id for failure in failures} == {"wide.jpg"}
