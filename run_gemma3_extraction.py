@@ -786,9 +786,7 @@ class Extractor:
         lengths = torch.full((len(chunk),), len(prompter.prefix), device=self.device)
         kept_pos = torch.full_like(lengths, prompter.soft_stop - 1)
         pixel_values = torch.stack([picture.pixel_values for picture in chunk])
-        self._cache = (
-            transformers.DynamicCache()
-        )  # without a config it keeps every position of every layer
+        self._cache = transformers.DynamicCache()  # without a config it keeps every position
         with capture(self.model, self.layers, kept_pos, lengths) as seen:
             self.model.model(
                 input_ids=input_ids,
@@ -1110,9 +1108,7 @@ def scan_parts(output_dir: Path, settings: dict, rows: Iterable[Row] = ()) -> se
             if differences := tell_differences(stored, {name: settings[name] for name in IDENTITY}):
                 advice = "go on with the old ones, choose another --output-dir, or --overwrite"
                 if "schema_version" in differences:
-                    advice = (
-                        "older ones can be inspected, not continued: choose another --output-dir"
-                    )
+                    advice = "older files can be inspected only: choose another --output-dir"
                 raise ExtractionError(
                     f"{path} was written with other settings: {differences} | {advice}"
                 )
