@@ -8,9 +8,9 @@
     python inspect_h5.py output --plot pca.png --color-by labels.csv:hallucinated
     python inspect_h5.py output --probe answer_is_wrong --plot auroc.png
 
-Samples stand part after part, those of a part in the order in which they were planned. Exit status: 0 all is well,
-1 something is wrong and one line says what (--verify: one line a finding), 2 wrong usage,
-130 stopped by Ctrl-C.
+Samples stand part after part, those of a part in the order in which they were planned. Exit status:
+0 all is well, 1 something is wrong and one line says what (--verify: one line a finding), 2 wrong
+usage, 130 stopped by Ctrl-C.
 """
 
 import signal
