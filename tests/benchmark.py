@@ -140,7 +140,8 @@ class Bench:
         start = time.perf_counter()
         for i in range(0, len(rows), size):
             self.forward(self.inputs(rows[i : i + size]), max(lengths[i : i + size]))
-        synchronise(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return (time.perf_counter() - start) / len(rows)
 
     def time_ours(
@@ -175,14 +176,6 @@ class Bench:
             start = time.perf_counter()
             assert script.extract(options) == 0
             return (time.perf_counter() - start) / len(rows)
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-# ──────────────────────────────────────────── measured ───────────────────────────────────────────
 
 
 def measure(args: argparse.Namespace, bench: Bench) -> None:
@@ -223,8 +216,7 @@ def measure(args: argparse.Namespace, bench: Bench) -> None:
 # ──────────────────────────────────────────── on paper ───────────────────────────────────────────
 
 
-# What the arithmetic takes for an H100: dense bfloat16 as reached, bytes a second, seconds of an
-# eager launch, GiB of which the context takes half a one.
+# An H100: dense FLOP/s as reached, bytes/s, seconds of an eager launch, GiB (half for the context).
 PEAK, BANDWIDTH, LAUNCH, MEMORY = 790e12, 3.35e12, 7e-6, 79.6
 
 
@@ -250,8 +242,7 @@ class Meter(TorchDispatchMode):
         name = func._overloadpacket.__name__
         flops = self.count_flops(name, args, outputs)
         num_bytes = self.count_bytes(name, args, inputs, outputs)
-        self.num_ops += 1
-        self.flops += flops
+        self.num_ops, self.flops = self.num_ops + 1, self.flops + flops
         self.seconds += max(LAUNCH, flops / PEAK, num_bytes / BANDWIDTH)
         return out
 
@@ -406,8 +397,9 @@ def print_paper(processor) -> None:
     free = int((MEMORY - 0.5) * 2**30 - weights)
     size = script.fit_batch_size(free, model.config, 2, NUM_SLOTS)
     print("Gemma 3 12B on paper: arithmetic, not measured. Answers of mean 30 tokens, limit 200.")
-    print(f"GiB: weights {weights / 2**30:.2f}, a lane of {NUM_SLOTS} slots {lane:.2f}, ", end="")
-    print(f"passes {needed:.1f}; an H100 takes {size} lanes by --batch-size auto")
+    print(
+        f"GiB: weights {weights / 2**30:.2f}, a lane {lane:.2f}, passes {needed:.1f}: {size} lanes"
+    )
     print("questions batch   TFLOP a   launches of a   keys, values  live  questions")
     print(" an image  size  question  prefill     step   GB a step          a second")
     rates, launches = [], 0
@@ -426,19 +418,15 @@ def print_paper(processor) -> None:
     )
 
 
-# ────────────────────────────────────────── command line ─────────────────────────────────────────
-
-
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--paper", action="store_true", help="count operations instead of measuring")
     add("--size", choices=SIZES, default="small")
     add("--device", type=torch.device, default=torch.device("cpu"))
     add("--batch-sizes", default="auto", help="comma-separated")
-    add("--answers", default="none,equal,mixed", help="none, equal, mixed")
+    add("--answers", nargs="+", default=["none", "equal", "mixed"])
     add("--questions", default="all,1", help="questions an image; all: easy-VQA's 9.7")
     add("--images", type=int, default=10, help="images of ours; twice as many for 1 an image")
     add("--plain-rows", type=int, default=24, help="rows of the others")
@@ -446,7 +434,6 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     args.batch_sizes = [None if w == "auto" else int(w) for w in args.batch_sizes.split(",")]
     args.questions = [None if w == "all" else int(w) for w in args.questions.split(",")]
-    args.answers = args.answers.split(",")
     return args
 
 

@@ -146,15 +146,6 @@ def test_json_says_the_same(run_dir, capsys):
     assert facts["sample"][QUERY] == "float32 [32]"
 
 
-def test_json_has_no_nan(output, capsys):
-    with h5py.File(output / PART.format(1), "r+") as file:
-        file["000"][QUERY][...] = np.nan
-    facts = json.loads(
-        call(capsys, output / PART.format(1), "--json")[1], parse_constant=pytest.fail
-    )
-    assert facts["figures"][QUERY]["nonfinite_share"] == pytest.approx(0.2)
-
-
 def test_a_layer_alone(run_dir, capsys):
     facts = json.loads(call(capsys, run_dir / "output", "--json", "--layer", "4")[1])
     assert list(facts["figures"]) == [f"{kind}/layer_4" for kind in KINDS]
@@ -174,13 +165,6 @@ def test_one_sample_by_its_own_id(run_dir, capsys, question_id):
     assert [s["question"] for s in facts["samples"]] == [sample["question"]]
     norm = np.linalg.norm(sample[QUERY])
     assert facts["figures"][QUERY]["norm_mean"] == pytest.approx(norm, rel=1e-5)
-
-
-def test_several_ids_and_whole_texts(run_dir, capsys):
-    out = call(capsys, run_dir / "output", "--question-id", "000", "--question-id", "016")[1]
-    assert "\n000  circle.png" in out
-    assert "how many shapes\\nare there,\\nand where?" in out
-    assert "query_token_pos     273" in out
 
 
 def test_an_unknown_id_suggests_the_nearest(run_dir, capsys):
@@ -284,16 +268,6 @@ def test_verify_finds(output, capsys, defect):
     assert len(out.splitlines()) <= 3
 
 
-def test_vision_may_be_the_same_where_the_image_is(output, capsys):
-    with h5py.File(output / PART.format(1), "r+") as file:
-        for group in file.values():
-            del group["image_id"]
-            group.create_dataset("image_id", data="one.png", dtype=h5py.string_dtype())
-            group["vision_representation"][...] = np.arange(24)
-    out = call(capsys, output / PART.format(1), "--verify")[1]
-    assert "the same in all" not in out
-
-
 def test_verify_compares_with_the_csv(run_dir, tmp_path, capsys):
     table = pd.read_csv(run_dir / "vqa.csv", dtype=str, keep_default_na=False)
     table.loc[0, "question"], table.loc[1, "answer"], table.loc[2, "image_id"] = "a", "b", "c"
@@ -340,21 +314,6 @@ def test_npz_holds_everything_in_one_order(run_dir, tmp_path, capsys):
     assert f"{QUERY}    float32 [12, 32]" in out
 
 
-@pytest.mark.parametrize(
-    ("flags", "names"),
-    [
-        (["--layer", "4"], [f"{kind}/layer_4" for kind in KINDS]),
-        (["--representation", KINDS[1]], [f"{KINDS[1]}/layer_{i}" for i in LAYERS]),
-        (["--representation", "vision_representation"], ["vision_representation"]),
-        (["--representation", KINDS[1], "--layer", "4"], [QUERY]),
-    ],
-)
-def test_npz_of_what_is_chosen(run_dir, tmp_path, capsys, flags, names):
-    call(capsys, run_dir / "output", "--export", tmp_path / "some.npz", *flags)
-    with np.load(tmp_path / "some.npz") as file:
-        assert set(file) == {*names, *inspect_h5.TEXTS, "question_id"}
-
-
 def test_csv_holds_the_texts(run_dir, tmp_path, capsys):
     call(capsys, run_dir / "output", "--export", tmp_path / "texts.csv")
     table = pd.read_csv(tmp_path / "texts.csv", dtype=str, keep_default_na=False)
@@ -370,19 +329,6 @@ def test_parts_of_two_runs_are_not_mixed(output, tmp_path, capsys):
     assert (status, len(err.splitlines())) == (1, 1)
     assert "model_revision is 'another'" in err
     assert not list(tmp_path.glob("x*"))
-
-
-def test_one_model_by_two_paths_on_two_cards_is_one_run(output, capsys):
-    with h5py.File(output / PART.format(2), "r+") as file:
-        file.attrs.update(
-            {"model_name": "elsewhere/gemma", "device_name": "A", "cuda_version": "9"}
-        )
-    assert call(capsys, output)[0] == 0
-    assert call(capsys, output, "--verify")[:2] == (0, "nothing wrong with 12 samples\n")
-    for number in (1, 2, 3):
-        with h5py.File(output / PART.format(number), "r+") as file:
-            file.attrs["model_revision"] = "main"  # by which nobody knows the weights
-    assert "model_name is 'elsewhere/gemma'" in call(capsys, output, "--verify")[1]
 
 
 @pytest.mark.parametrize(("kind", "layer"), [(KINDS[1], 4), ("vision_representation", None)])
@@ -423,32 +369,6 @@ def figures(monkeypatch):
     save = "matplotlib.figure.Figure.savefig"
     monkeypatch.setattr(save, lambda figure, path, **_: drawn.append(figure))
     return drawn
-
-
-def draw_panel(monkeypatch, figures, matrix):
-    """The points and the title of a panel of these vectors."""
-    texts = pd.DataFrame({"answer": ["yes"] * len(matrix)})
-    monkeypatch.setattr(inspect_h5, "read_matrix", lambda *_: matrix)
-    monkeypatch.setattr(inspect_h5, "read_texts", lambda _: texts)
-    inspect_h5.plot("x.png", list(texts.index), len(texts), {"a/layer_1": 0}, "answer")
-    (axes,) = figures[0].axes
-    return axes.collections[0].get_offsets(), axes.get_title()
-
-
-@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (3, 5)])
-def test_panels_show_the_first_two_axes_of_the_svd(monkeypatch, figures, shape):
-    matrix = np.random.default_rng(2).standard_normal(shape).astype(np.float32) + 5
-    points, title = draw_panel(monkeypatch, figures, matrix)
-    u, s, _ = np.linalg.svd(matrix.astype(float) - matrix.mean(axis=0, dtype=float))
-    shares = s**2 / np.sum(s**2)
-    np.testing.assert_allclose(np.abs(points), np.abs(u[:, :2] * s[:2]), atol=1e-5)
-    assert title == f"a\nlayer_1\n{shares[0]:.1%} + {shares[1]:.1%} of variance"
-
-
-def test_vectors_that_are_all_the_same_are_one_point(monkeypatch, figures):
-    points, title = draw_panel(monkeypatch, figures, np.ones((4, 6), np.float32))
-    assert not points.any()
-    assert title.endswith("0.0% + 0.0% of variance")
 
 
 @pytest.mark.parametrize(
@@ -566,9 +486,6 @@ def test_a_part_without_samples(output, capsys):
     assert call(capsys, output, "--verify")[0] == 0
 
 
-# Parts that are stored otherwise
-
-
 MADE = [0, 12, 47]  # layers of parts that a script writes
 MADE_NAMES = [NAMES[0], *(f"{kind}/layer_{i}" for kind in KINDS for i in MADE)]
 LATE = "query_token_representation/layer_47"
@@ -675,13 +592,6 @@ def test_verify_finds_in_schema_2(made_output, capsys, defect):
     assert re.search(finding, out)
 
 
-def test_an_answer_cut_at_the_limit_has_no_end_token(made_output, capsys):
-    with h5py.File(made_output / PART.format(1), "r+") as file:
-        logprobs([-1] * 4)(file)
-        attribute("answer_truncated", True)(file)
-    assert call(capsys, made_output, "--verify")[0] == 0
-
-
 def test_an_image_is_followed_through_all_parts(made_output, capsys):
     """Samples 0 to 6 stand in part 1; 7 to 9, about the same image, in part 2."""
     with h5py.File(made_output / PART.format(2), "r+") as file:
@@ -734,46 +644,7 @@ def test_parts_of_two_schemas_are_not_mixed(made_output, capsys):
     assert "schema_version is 1, not 3" in err
 
 
-# failed_samples.csv as people leave it
-
 HEADER = b"question_id,image_id,error\n"
-
-
-# All 48 layers
-
-
-@pytest.fixture(scope="module")
-def all_layers(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("all")
-    write_parts(directory, 4, list(range(48)))
-    return directory
-
-
-def test_the_view_of_all_layers_fits_a_screen(all_layers, capsys):
-    status, out, _ = call(capsys, all_layers)
-    assert status == 0
-    assert "figures of 4 samples; layers 0, 12, 24, 36, 47 of 48; --layer I for another" in out
-    names = [line.split()[0] for line in out[out.index("mean L2") :].splitlines()[1:17]]
-    assert names == [
-        NAMES[0],
-        *(f"{kind}/layer_{i}" for kind in KINDS for i in (0, 12, 24, 36, 47)),
-    ]
-    assert len(out.splitlines()) < 85
-    assert max(map(len, out.splitlines()[1:])) <= 80
-
-
-def test_json_holds_all_layers_and_a_layer_is_shown_on_its_own(all_layers, capsys):
-    facts = json.loads(call(capsys, all_layers, "--json")[1])
-    assert len(facts["figures"]) == 1 + 3 * 48
-    out = call(capsys, all_layers, "--layer", 31)[1]
-    assert all(f"{kind}/layer_31" in out[out.index("mean L2") :] for kind in KINDS)
-
-
-def test_export_of_one_layer_of_all(all_layers, tmp_path, capsys):
-    args = (all_layers, "--export", tmp_path / "x.npz", "--layer", 31)
-    assert call(capsys, *args)[0] == 0
-    with np.load(tmp_path / "x.npz") as file:
-        assert {f"{kind}/layer_31" for kind in KINDS} < set(file)
 
 
 # How it ends
