@@ -119,14 +119,10 @@ class Bench:
             image, _ = script.open_image(self.images_dir, row.image_id)
             content = [{"type": "image", "image": image}, {"type": "text", "text": row.question}]
             turns.append([{"role": "user", "content": content}])
-        return self.processor.apply_chat_template(
-            turns,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        ).to(self.device, self.model.dtype)
+        how = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        how |= {"processor_kwargs": {"padding": True, "padding_side": "left"}}
+        inputs = self.processor.apply_chat_template(turns, add_generation_prompt=True, **how)
+        return inputs.to(self.device, self.model.dtype)
 
     def forward(self, inputs, length: int) -> None:
         if length:
@@ -187,13 +183,13 @@ def measure(args: argparse.Namespace, bench: Bench) -> None:
     print(f"{args.size}, {args.device}, {dtype}, medians of {args.pairs} pairs")
     print("questions answers  batch |      times as fast as  | seconds a row")
     print(" an image           size |  forward  batch 16 |  ours forward")
-    for questions, answers, batch_size in itertools.product(
-        args.questions, args.answers, args.batch_sizes
-    ):
+    cases = itertools.product(args.questions, args.answers, args.batch_sizes)
+    for questions, answers, batch_size in cases:
         _, rows = make_rows(args.images if questions != 1 else 2 * args.images, questions)
         lengths = draw_lengths(answers, len(rows))
-        # The others run a part of the rows, of short and long answers as many as there are.
-        step = max(1, len(rows) // args.plain_rows)
+        step = max(
+            1, len(rows) // args.plain_rows
+        )  # of short and long answers as many as there are
         chosen = sorted(range(len(rows)), key=lengths.__getitem__)[step // 2 :: step]
         plain, plain_lengths = [rows[i] for i in chosen], [lengths[i] for i in chosen]
         batches = bench.time_rows(rows[:32], lengths[:32], size=16)
