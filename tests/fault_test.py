@@ -45,6 +45,7 @@ PATIENCE = 300  # seconds, on a machine that has better things to do
 MEMORY_ROWS, MEMORY_LIMIT = (1500, 5000), 50  # MB
 STARTUP_PARTS, STARTUP_LIMIT = 20, 2  # of 1,000 samples each; seconds
 PART_1, PART_2, PART_3 = map(script.PART_NAME.format, (1, 2, 3))
+SETTINGS = dict.fromkeys((*script.IDENTITY, "dataset_sha256"), "as ever")  # a made-up run's
 MODELS = "transformers.models"
 WARM = [f"{MODELS}.gemma3.{name}_gemma3" for name in ("processing", "image_processing_pil")]
 WARM += [f"{MODELS}.siglip.modeling_siglip", f"{MODELS}.gemma.tokenization_gemma", "fault_test"]
@@ -238,14 +239,13 @@ def check_memory(root: Path) -> None:
 
 def check_startup(root: Path) -> None:
     """That going on takes little longer for all that is stored."""
-    settings = dict.fromkeys((*script.IDENTITY, "dataset_sha256"), "as ever")
     for number in range(1, STARTUP_PARTS + 1):
         with h5py.File(root / script.PART_NAME.format(number), "w") as part:
-            part.attrs.update(settings | {"num_samples": 1000})
+            part.attrs.update(SETTINGS | {"num_samples": 1000})
             for i in range(1000):
                 part.create_group(f"{number}_{i}").attrs["question_id"] = "as ever"
     began = time.monotonic()
-    assert len(script.scan_parts(root, settings)) == 1000 * STARTUP_PARTS
+    assert len(script.scan_parts(root, SETTINGS)) == 1000 * STARTUP_PARTS
     seconds = time.monotonic() - began
     print(f"going on with {STARTUP_PARTS} parts of 1,000 samples: {seconds:.2f} s")
     assert seconds < STARTUP_LIMIT, "too slow"

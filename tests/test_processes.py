@@ -1,81 +1,37 @@
 """Processes that share a directory: each part is one's, and what one leaves another takes."""
 
-import collections
-import errno
-import fcntl
-import functools
-import itertools
-import json
 import multiprocessing
-import os
 import re
-import shutil
 import signal
-import socket
-import struct
 import sys
 import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import assert_same_samples, make_options, read_failed, read_samples, run_script
-from fault_test import SETTINGS, Program, check_parts, make_rows, wait_for, warm_process, words_of
+from fault_test import SETTINGS, Program, make_rows, warm_process, words_of
 
 import run_gemma3_extraction as script
 
-LAST_LINE = re.compile(
-    r"Extracted (\d+) of (\d+) samples \((\d+) failed, (\d+) already done"
-    r"(?:, (\d+) in other processes)?\) in \d+\.\d s: \d+\.\d\d samples/s"
-)
-NUM_PARTS = 6
-RACES = 50
+TORCHRUN = "torch.distributed.run --nproc_per_node 3"
+ACCELERATE = "accelerate.commands.launch --multi_gpu --num_processes 2"
 
 
-def last_line(stderr):
-    """extracted, all, failed, already done, in other processes"""
-    match = LAST_LINE.fullmatch(stderr.splitlines()[-1])
-    assert match, stderr
-    return tuple(int(number or 0) for number in match.groups())
+def read_last_lines(stderr):
+    """Of every process: extracted, failed, already done, by other processes."""
+    form = r"Extracted (\d+) of 40 samples \((\d+) failed, (\d+) already done"
+    form += r"(?:, (\d+) by other processes)?\) in \d"
+    return [[int(number or 0) for number in found] for found in re.findall(form, stderr)]
 
 
-def slow_down(script, seconds=0.2, log_path=None):
-    """Every image takes its time, and who puts which part in place is noted."""
-    open_image, put_in_place = script.open_image, script.put_in_place
+def slow_down(script):
+    """Every image takes its time."""
+    open_image = script.open_image
 
     def open_slowly(*args):
-        time.sleep(seconds)
+        time.sleep(0.2)
         return open_image(*args)
 
-    def note(partial, path):
-        put_in_place(partial, path)
-        if log_path and path.suffix == ".h5":
-            with open(log_path, "a") as file:
-                file.write(f"{os.getpid()} {path.name}\n")
-
-    script.open_image, script.put_in_place = open_slowly, note
-
-
-def without_locks(script, error=errno.ENOSYS):
-    """As on Lustre without flock."""
-
-    def lockf(*_):
-        raise OSError(error, os.strerror(error))
-
-    script.fcntl.lockf = lockf
-    slow_down(script)
-
-
-def holder(output_dir, number):
-    """The process that has locked part `number`, or None."""
-    request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0)
-    with open(output_dir / ".lock", "r+b") as file:
-        kind, _, _, _, pid = struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_GETLK, request))
-    return None if kind == fcntl.F_UNLCK else pid
-
-
-def held_parts(output_dir, pid, numbers):
-    return [number for number in numbers if holder(output_dir, number) == pid]
+    script.open_image = open_slowly
 
 
 @pytest.fixture(scope="module")
@@ -83,363 +39,112 @@ def alone(tmp_path_factory):
     """40 rows, two without their image, in 10 parts; and what one process makes of them."""
     root = tmp_path_factory.mktemp("alone")
     csv_path = make_rows(root, 40, per_image=2)
-    assert Program(words_of(csv_path, root / "out"), root / "stderr.txt").wait() == 3
+    assert Program(words_of(csv_path, root / "out"), root / "err").end()[0] == 3
     return csv_path, root / "out"
 
 
-class Crew:
-    """Programs on one directory, as plain shells start them."""
-
-    def __init__(self, csv_path, root):
-        self.csv_path, self.root, self.out = csv_path, root, root / "out"
-        self.log_path = root / "parts.txt"
-        self.members = []
-
-    def start(self, *more, csv_path=None, env=None, patch=None):
-        stderr_path = self.root / f"stderr_{len(self.members)}.txt"
-        words = words_of(csv_path or self.csv_path, self.out, "--num-workers", 1, *more)
-        patch = patch or functools.partial(slow_down, log_path=self.log_path)
-        self.members.append((Program(words, stderr_path, env=env, patch=patch), stderr_path))
-        return self.members[-1][0]
-
-    def end(self, program):
-        """Exit status and stderr."""
-        status = program.wait(120)
-        return status, next(path for one, path in self.members if one is program).read_text()
-
-    def writers(self):
-        """The processes that put each part in place, by the number of the part."""
-        found = collections.defaultdict(list)
-        for line in self.log_path.read_text().splitlines():
-            pid, name = line.split()
-            found[int(re.search(r"(\d+)\.h5", name)[1])].append(int(pid))
-        return found
-
-
 @pytest.fixture
-def crew(alone, tmp_path):
-    crew = Crew(alone[0], tmp_path)
-    yield crew
-    for program, _ in crew.members:
-        program.kill()
+def start(alone, tmp_path):
+    """Start a program on the same directory, as from another shell."""
+
+    def start(*more, csv_path=alone[0]):
+        words = words_of(csv_path, tmp_path / "out", "--num-workers", 1, *more)
+        return Program(words, tmp_path / f"stderr_{time.monotonic_ns()}", patch=slow_down)
+
+    return start
 
 
-# ─────────────────────────────────────── elastic processes ───────────────────────────────────────
+def assert_as_alone(alone, out):
+    """All is there, and nothing else."""
+    assert_same_samples(read_samples(out), read_samples(alone[1]))
+    assert read_failed(out) == read_failed(alone[1])
+    assert {path.name for path in out.iterdir()} == {path.name for path in alone[1].iterdir()}
 
 
-def test_processes_come_and_go(alone, crew):
-    """Four that start at different moments, two of them ended, and a fifth that joins late."""
-    programs = []
-    for _ in range(4):
-        programs.append(crew.start())
-        time.sleep(0.3)
-    killed, stopped, *others = programs
-    numbers = range(1, 11)
-    assert wait_for(lambda: held_parts(crew.out, killed.pid, numbers), killed)
-    assert wait_for(lambda: list(crew.out.glob("*.partial")), killed)
-    lost = held_parts(crew.out, killed.pid, numbers)
+def test_processes_come_and_go(alone, start, tmp_path):
+    """Four from plain shells, one killed, one stopped, one late."""
+    killed, stopped, third = start(), start(), start()
+    for program in (killed, stopped):
+        program.wait_until(program.is_extracting)
+    time.sleep(0.5)
     killed.send_signal(signal.SIGKILL)
     stopped.send_signal(signal.SIGTERM)
-    killed.wait()
-    fifth = crew.start()
-    ends = [crew.end(program) for program in (*others, fifth)]
-    assert all(status in (0, 3) for status, _ in ends), ends
-    status, stderr = crew.end(stopped)
-    assert status == 143, stderr
-    expected = read_samples(alone[1])
-    assert_same_samples(read_samples(crew.out), expected)
-    assert read_failed(crew.out) == read_failed(alone[1])
-    assert not list(crew.out.glob("*.partial"))
-    writers = crew.writers()
-    assert sorted(writers) == list(numbers)
-    for number, pids in writers.items():  # a part cut short by SIGTERM is completed by another
-        assert len([pid for pid in pids if pid != stopped.pid]) <= 1, (number, pids)
-    took_over = [number for number in lost if writers[number][-1] != killed.pid]
-    assert took_over or not lost
-    assert all(last_line(stderr)[1] == 40 for _, stderr in ends)
+    late = start()
+    assert (killed.end()[0], stopped.end()[0]) == (-9, 143)
+    for status, stderr in (third.end(), late.end()):
+        assert status in (0, 3)
+        assert len(read_last_lines(stderr)) == 1
+    assert_as_alone(alone, tmp_path / "out")
 
 
-def test_others_are_refused_while_one_is_at_work(crew, tmp_path):
-    """The same program with another dtype, other rows, or --overwrite."""
-    first = crew.start()
-    assert wait_for(lambda: list(crew.out.glob("*.h5")), first)
-    (tmp_path / "less").mkdir()
-    less = make_rows(tmp_path / "less", 8, per_image=2)
-    dtype, rows = crew.start("--dtype", "bfloat16"), crew.start(csv_path=less)
-    overwrite = crew.start("--overwrite")
-    who = f"process {first.pid} on {socket.gethostname()}"
-    for program, words in (
-        (dtype, ["dtype is 'float32' there, 'bfloat16' here", who]),
-        (rows, ["dataset_sha256 is", who]),
-        (overwrite, ["--overwrite", "others are at work"]),
-    ):
-        status, stderr = crew.end(program)
-        assert status == 1, stderr
-        assert all(word in stderr.splitlines()[-1] for word in words), stderr
-        assert "Traceback" not in stderr
-    first.send_signal(signal.SIGTERM)
-    assert crew.end(first)[0] == 143
-    assert check_parts(crew.out)
+def test_others_are_refused_while_one_is_at_work(start, tmp_path):
+    first = start()
+    first.wait_until(lambda: list(tmp_path.glob("out/*.h5")))
+    for told, program in {
+        "dtype was 'float32' and is 'bfloat16'": start("--dtype", "bfloat16"),
+        "dataset_sha256 was": start(csv_path=make_rows(tmp_path / "less", 8)),
+        "--overwrite needs": start("--overwrite"),
+    }.items():
+        status, stderr = program.end()
+        assert (status, told in stderr.splitlines()[-1]) == (1, True)
+    assert first.process.exitcode is None
+    first.process.kill()
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ("torch.distributed.run", "--nproc_per_node", "3"),
-        ("accelerate.commands.launch", "--cpu", "--num_processes", "2"),
-    ],
-    ids=["torchrun 3", "accelerate 2"],
-)
-def test_launchers(alone, tmp_path, launcher):
+@pytest.mark.parametrize("more", [(), ("--layers", "1")], ids=["same", "other"])
+def test_two_whole_programs_start_at_once(alone, start, tmp_path, more):
+    ends = [program.end() for program in (start(), start(*more))]
+    told = read_last_lines("".join(stderr for _, stderr in ends))
+    if more:
+        assert sorted(status for status, _ in ends) == [1, 3]
+        assert len(read_samples(tmp_path / "out")) == told[0][0] == 38
+    else:
+        for one, other in (told, told[::-1]):  # who failed with a row may have tried it again
+            assert 0 <= one[2] + one[3] - other[0] <= 2, told
+        assert_as_alone(alone, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("launcher", "num_processes"), [(TORCHRUN, 3), (ACCELERATE, 2)])
+def test_launchers(alone, tmp_path, launcher, num_processes):
     """Rows without an image fail, in whatever process: the others finish all the same."""
-    csv_path, reference = alone
-    words = words_of(csv_path, tmp_path / "out")
-    images_dir = csv_path.parent / "images"
-    result = run_script(
-        tmp_path / "out",
-        *words[6:],
-        "--images-dir",
-        images_dir,
-        csv_path=csv_path,
-        launcher=[sys.executable, "-m", *launcher],
-    )
-    assert result.returncode not in (0, 2), result.stderr
-    assert_same_samples(read_samples(tmp_path / "out"), read_samples(reference))
-    assert read_failed(tmp_path / "out") == read_failed(reference)
-    assert not list((tmp_path / "out").glob("*.partial"))
-    assert sum(map(int, re.findall(r"Extracted (\d+) of", result.stderr))) == 38
+    out, command = tmp_path / "out", [sys.executable, "-m", *launcher.split()]
+    more = words_of(alone[0], out)[2:]  # behind the CSV
+    result = run_script(out, *more, csv_path=alone[0], launcher=command)
+    assert result.returncode == 0, result.stderr
+    told = read_last_lines(result.stderr)
+    assert (len(told), sum(one[0] for one in told)) == (num_processes, 38)
+    assert_as_alone(alone, out)
 
 
-def test_under_a_launcher_nobody_ends_before_the_last(alone, crew):
-    """The one that is done first has failures, so it would end everybody."""
-    env = {"RANK": "0", "WORLD_SIZE": "2"}
-    slow = functools.partial(slow_down, seconds=0.6)
-    second = crew.start(env=env | {"RANK": "1"}, patch=slow)
-    assert wait_for(lambda: list(crew.out.glob("*.partial")), second)
-    first = crew.start(env=env)
-    status, stderr = crew.end(first)
-    assert status == 3, stderr
-    assert last_line(stderr)[4] == 0  # nothing is in other hands any more
-    assert_same_samples(read_samples(crew.out), read_samples(alone[1]))
-    assert crew.end(second)[0] in (0, 3)
-
-
-def test_under_a_launcher_what_comes_free_is_taken(alone, crew):
-    env = {"RANK": "0", "WORLD_SIZE": "2"}
-    stuck = crew.start(env=env | {"RANK": "1"}, patch=functools.partial(slow_down, seconds=60))
-    assert wait_for(lambda: (crew.out / ".lock").exists() and holder(crew.out, 1), stuck)
-    first = crew.start(env=env)
-    assert wait_for(lambda: len(list(crew.out.glob("*.h5"))) >= 5, first)
-    time.sleep(1)
-    assert first.poll() is None
-    stuck.kill()
-    assert crew.end(first)[0] == 3
-    assert_same_samples(read_samples(crew.out), read_samples(alone[1]))
-
-
-# ────────────────────────────────────────── small races ──────────────────────────────────────────
-
-
-def work(output_dir, dtype, delay, connection):
-    """All of a run but the model: what came of it goes to `connection`."""
-    rows = [script.Row(i, f"q{i}", f"{i // 4}.png", "what?", "it") for i in range(4 * NUM_PARTS)]
-    options = make_options(output_dir=Path(output_dir), checkpoint_interval=4)
-    settings = SETTINGS | {"dtype": dtype}
-    lock = script.OutputLock(options.output_dir)
-    time.sleep(delay)
-    try:
-        plan = script.open_output(options, lock, settings, rows, 1000)
-        written = claim_all(options.output_dir, plan, lock, settings)
-        connection.send((dtype, written, None))
-    except script.ExtractionError as error:
-        connection.send((dtype, [], str(error)))
-    lock.leave()
-
-
-def claim_all(output_dir, plan, lock, settings):
-    """Write whatever part can be had; their numbers."""
-    written, expected = [], {}
-    while True:
-        num_before = len(written)
-        rows = script.claim_rows(plan, lock, lambda number, rows: expected.update({number: rows}))
-        for number, of_part in itertools.groupby(rows, key=lambda row: row.index // 4 + 1):
-            writer = script.PartWriter(script.part_path(output_dir, number), settings, "none")
-            for row in of_part:
-                writer.add(row, "it", {script.VISION: np.zeros(2, np.float32)}, {})
-            writer.finish()
-            lock.release(number, is_done=True)
-            written.append(number)
-        if len(written) == num_before:
-            return written
-
-
-def race_again_and_again(dtype, connection):
-    """One of two that begin at the same moments."""
+def race(dtype, connection):
+    """All of a run but the model, again and again: the parts it gets, or why it gets none."""
+    rows = [script.Row(f"q{i}", f"{i}.png", "what?", "it") for i in range(24)]
     while job := connection.recv():
-        work(job[0], dtype, job[1], connection)
+        options = make_options(output_dir=job[0], checkpoint_interval=4)
+        lock, claimed, told = script.OutputLock(job[0]), [], ""  # held to the end
+        time.sleep(max(0, job[1] - time.time()))
+        try:
+            now = SETTINGS | {"dtype": dtype}
+            _, missing = script.open_output(options, lock, now, rows, 1000)
+            claimed = [number for number in missing if lock.claim(number)]
+        except script.ExtractionError as error:
+            told = str(error)
+        connection.send((claimed, told))
 
 
 @pytest.mark.parametrize("dtypes", [("same", "same"), ("one", "other")], ids=["same", "other"])
 def test_two_start_within_milliseconds(tmp_path, dtypes):
-    """Never two settings in one directory, never a lost part, never one written twice."""
-    racers = []
-    for dtype in dtypes:
-        ours, theirs = multiprocessing.Pipe()
-        racers.append((warm_process(race_again_and_again, dtype, theirs), ours))
-    outcomes = collections.Counter()
-    for i in range(RACES):
-        out = tmp_path / f"{i}"
-        out.mkdir()
-        for k, (_, connection) in enumerate(racers):
-            connection.send((out, ((i * 7) % 10 - 5) * (k - 0.5) * 0.001 + 0.0025))
-        found = []
-        for _, connection in racers:
-            assert connection.poll(20), f"race {i} hangs"
-            found.append(connection.recv())
-        written = sorted(number for _, numbers, _ in found for number in numbers)
-        assert written == list(range(1, NUM_PARTS + 1)), found
-        stored = script.scan_parts(out, SETTINGS | {"dtype": written_dtype(found)})
-        assert len(stored) == 4 * NUM_PARTS
-        errors = [error for _, _, error in found if error]
-        assert len(errors) == (dtypes[0] != dtypes[1]), found
-        assert all("dtype" in error for error in errors)
-        outcomes[sum(bool(numbers) for _, numbers, _ in found)] += 1
-    for process, connection in racers:
-        connection.send(None)
-        process.join(10)
-    if dtypes[0] == dtypes[1]:
-        assert outcomes[2] > 5, outcomes  # they did share
-
-
-def written_dtype(found):
-    (dtype,) = {dtype for dtype, numbers, _ in found if numbers}
-    return dtype
-
-
-@pytest.mark.parametrize("more", [(), ("--dtype", "bfloat16")], ids=["same", "other"])
-def test_two_whole_programs_start_at_once(alone, crew, more):
-    patch = functools.partial(slow_down, seconds=0.05, log_path=crew.log_path)
-    programs = [crew.start(patch=patch), crew.start(*more, patch=patch)]
-    ends = [crew.end(program) for program in programs]
-    writers = crew.writers()
-    assert sorted(writers) == list(range(1, 11))
-    assert all(len(pids) == 1 for pids in writers.values())
-    assert len(read_samples(crew.out)) == 38
-    if more:
-        assert sorted(status for status, _ in ends) == [1, 3]
-        assert len({pid for (pid,) in writers.values()}) == 1
-    else:
-        assert {status for status, _ in ends} <= {0, 3}
-        assert_same_samples(read_samples(crew.out), read_samples(alone[1]))
-
-
-def check_forever(output_dir, settings):
-    """Be the first in a directory, and get stuck there."""
-    lock = script.OutputLock(Path(output_dir))
-    assert lock.join(settings)
-    (Path(output_dir) / "checking").touch()
-    time.sleep(600)
-
-
-def test_who_waits_for_a_checker_that_dies_checks_itself(tmp_path):
-    checker = warm_process(check_forever, tmp_path, {"dtype": "other"})
-    while not (tmp_path / "checking").exists():
-        time.sleep(0.01)
-    ours, theirs = multiprocessing.Pipe()
-    waiting = warm_process(work, tmp_path, "float32", 0, theirs)
-    assert not ours.poll(1)
-    checker.kill()
-    assert ours.poll(20)
-    assert ours.recv() == ("float32", list(range(1, NUM_PARTS + 1)), None)
-    waiting.join()
-
-
-def hold(output_dir, number):
-    """Keep a part locked."""
-    with open(Path(output_dir) / ".lock", "a+") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX, 1, number)
-        time.sleep(600)
-
-
-def test_rows_in_other_hands_are_named(run_here, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    other = warm_process(hold, out, 2)
-    while not (out / ".lock").exists() or holder(out, 2) != other.pid:
-        time.sleep(0.01)
-    status, stderr = run_here("--checkpoint-interval", 7, "--max-new-tokens", 0)
-    other.kill()
-    assert status == 0
-    assert last_line(stderr) == (21, 28, 0, 0, 7)
-    other.join()
-    status, stderr = run_here("--checkpoint-interval", 7, "--max-new-tokens", 0)
-    assert last_line(stderr) == (7, 28, 0, 21, 0)
-
-
-def test_what_another_finished_meanwhile_is_not_computed_again(run_here, monkeypatch, tmp_path):
-    words = ("--checkpoint-interval", 7, "--max-new-tokens", 0)
-    assert run_here(*words, output_dir=tmp_path / "other")[0] == 0
-    open_output, name = script.open_output, script.PART_NAME.format(3)
-
-    def meanwhile(options, *args):
-        plan = open_output(options, *args)
-        shutil.copy(tmp_path / "other" / name, options.output_dir)
-        return plan
-
-    monkeypatch.setattr(script, "open_output", meanwhile)
-    status, stderr = run_here(*words)
-    assert status == 0
-    assert last_line(stderr) == (21, 28, 0, 7, 0)
-    assert_same_samples(read_samples(tmp_path / "out"), read_samples(tmp_path / "other"))
-
-
-def test_what_is_worked_through_is_not_tried_again(alone, crew):
-    """Rows that failed in one process are not tried by those that are at work with it."""
-    first = crew.start(patch=functools.partial(slow_down, seconds=0.3))
-    assert wait_for(lambda: read_failed(crew.out), first)
-    record = json.loads((crew.out / ".lock").read_text())
-    assert record["processes"] == [f"process {first.pid} on {socket.gethostname()}"]
-    _, stderr = crew.end(crew.start())
-    failed = last_line(stderr)[2]
-    assert failed < 2, stderr
-    _, stderr = crew.end(first)
-    assert last_line(stderr)[2] + failed == 2
-    assert_same_samples(read_samples(crew.out), read_samples(alone[1]))
-
-
-# ───────────────────────────────────────── without locks ─────────────────────────────────────────
-
-
-def test_without_locks_each_takes_its_share_by_rank(alone, crew):
-    """The second begins while the first is at work."""
-    env = {"WORLD_SIZE": "2"}
-    first = crew.start(env=env | {"RANK": "1"}, patch=without_locks)
-    assert wait_for(lambda: list(crew.out.glob("*.partial")), first)
-    second = crew.start(env=env | {"RANK": "0"}, patch=without_locks)
-    for program in (first, second):
-        status, stderr = crew.end(program)
-        assert status in (0, 3), stderr
-        assert stderr.count("has no locks: each process takes its share by its rank") == 1
-        assert last_line(stderr)[4] == 0
-        in_place = {path.name for path in crew.out.glob("*.h5")}  # it has waited for the other
-        assert in_place == {path.name for path in alone[1].glob("*.h5")}
-    assert_same_samples(read_samples(crew.out), read_samples(alone[1]))
-
-
-def test_without_locks_one_process_does_all(run_here, monkeypatch, tmp_path):
-    def lockf(*_):
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-
-    monkeypatch.setattr(script.fcntl, "lockf", lockf)
-    status, stderr = run_here("--checkpoint-interval", 7, "--max-new-tokens", 0)
-    assert status == 0
-    assert stderr.count("has no locks: this must be the only process at work there") == 1
-    assert last_line(stderr) == (28, 28, 0, 0, 0)
-
-
-def test_overwrite_needs_the_directory_for_itself(run_here, monkeypatch, tmp_path):
-    monkeypatch.setattr(script, "NUM_RANKS", 2)
-    status, stderr = run_here("--overwrite")
-    assert status == 1
-    assert "--overwrite" in stderr
-    assert not (tmp_path / "out").exists()
+    """Never two settings in one directory, never a part that nobody has or that both have."""
+    racers, ends = zip(*[multiprocessing.Pipe() for _ in dtypes], strict=True)
+    for dtype, end in zip(dtypes, ends, strict=True):
+        warm_process(race, dtype, end)
+    for i in range(20):
+        moment = time.time() + 0.03
+        for k, racer in enumerate(racers):
+            racer.send((tmp_path / f"{i}", moment + k * (i % 10 - 5) * 0.001))
+        assert all(racer.poll(60) for racer in racers), "the race hangs"
+        (parts, told), (other_parts, also_told) = (racer.recv() for racer in racers)
+        assert sorted(parts + other_parts) == [1, 2, 3, 4, 5, 6]
+        assert (told + also_told).count("dtype was") == (dtypes[0] != dtypes[1])
+    for racer in racers:
+        racer.send(None)
