@@ -889,7 +889,7 @@ class Extractor:
         """Of normed states [n, D] the likeliest tokens, log-probabilities, and the logits."""
         head = self.model.lm_head
         if self.device.type == "cpu" and not head.weight.is_meta:
-            logits = (head.weight @ hidden.T).T  # for few rows in half the time
+            logits = (head.weight @ hidden.T).T.contiguous()  # for few rows in half the time
         else:
             logits = head(hidden)
         logits = logits.float()  # [n, vocabulary]
