@@ -298,7 +298,7 @@ def explain_load_errors(model: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        reason = " ".join(str(error).split())[:800] or type(error).__name__
         advice = "the directory must hold the whole model, its weights as *.safetensors"
         if not Path(model).is_dir():
             page = f"https://huggingface.co/{model}"
@@ -1409,7 +1409,8 @@ def work_through(
     Where the device's memory runs short, half the batch goes on with the rows that have no outcome
     yet; a question that does not fit alone fails, and batches are as large as before it again.
     """
-    last_good, is_done, failed_images = extractor.batch_size, False, set()
+    usual, num_since, is_done = extractor.batch_size, 0, False  # outcomes since it last ran short
+    failed_images: set[str] = set()
     while not is_done:
         rows = itertools.chain([recorder.waiting()], parts)
         pictures = read_ahead(options, extractor.prompter, rows, recorder.record)
@@ -1418,7 +1419,7 @@ def work_through(
                 for outcomes in extractor.run(pictures):
                     for outcome in outcomes:
                         recorder.record(outcome)
-                        last_good = extractor.batch_size
+                    num_since += len(outcomes)
                     failed_images |= {o.row.image_id for o in outcomes if isinstance(o, Failure)}
                     is_vain = not (recorder.num_extracted or extractor.num_live())
                     if is_vain and len(failed_images) >= MAX_FAILED_IMAGES:
@@ -1433,10 +1434,13 @@ def work_through(
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            if num_since >= usual:  # this size has held for long, so it is not what was too much
+                usual = extractor.batch_size
+            num_since = 0
         if not is_done and extractor.batch_size == 1:
             reason = "the device's memory is too small for it"
             recorder.record(Failure(recorder.waiting()[0], reason))
-            extractor.restart(last_good)
+            extractor.restart(usual)
         elif not is_done:
             extractor.restart(extractor.batch_size // 2)
             log.warning("out of memory: batch size %d from here on", extractor.batch_size)

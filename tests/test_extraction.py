@@ -513,7 +513,7 @@ def test_long_and_short_questions_are_not_padded_to_each_other(prompter, ours):
         ([3000] * 5, [(0, 2), (2, 4), (4, 5)]),
     ):
         ids = [[*prompter.prefix, *[0] * length] for length in lengths]
-        extractor._live = [script.Live(script.Question(None, one), None) for one in ids]
+        extractor._live = [script.Live(script.Question(None, one), "", *[None] * 3) for one in ids]
         assert list(extractor._split_passes(0)) == expected
         assert list(extractor._split_passes(len(lengths))) == []
 

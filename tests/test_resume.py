@@ -93,7 +93,7 @@ def test_failed_rows_are_tried_again_and_take_their_places(run_here, tmp_path):
 OTHER_SETTINGS = {
     "layers": (["--layers", "1,2"], "layers was [0, 2, 4, 6, 7] and is [1, 2]"),
     "interval": (["--checkpoint-interval", 7], "checkpoint_interval was 2 and is 7"),
-    "version": ([], "schema_version was 2 and is 3 | older ones can be inspected, not continued"),
+    "version": ([], "schema_version was 2 and is 3 | older files can be inspected only"),
     "two": (["--layers", "3", "--max-new-tokens", 0], "is [3]; max_new_tokens was 6 and is 0"),
 }
 
