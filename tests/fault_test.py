@@ -1,8 +1,7 @@
 """Kill the real program again and again, and see that nothing is lost.
 
     python tests/fault_test.py --kills 30 --signals 10
-    python tests/fault_test.py --memory
-    python tests/fault_test.py --startup
+    python tests/fault_test.py --memory | --startup
 
 Every run is ended by a signal at a random moment and started again with the same command; whatever
 is in the output directory then must be whole, and in the end all must be as in an uninterrupted
@@ -11,8 +10,6 @@ run. Exit status 1 if anything is not.
 
 import argparse
 import atexit
-import importlib
-import itertools
 import multiprocessing
 import os
 import random
@@ -23,18 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import conftest
 import h5py
-from conftest import (
-    IMAGES,
-    ROOT,
-    TESTS,
-    assert_same_samples,
-    flags,
-    read_csv,
-    read_failed,
-    read_samples,
-    write_csv,
-)
+from conftest import assert_same_samples, flags, read_csv, read_failed, read_samples, write_csv
 
 import run_gemma3_extraction as script
 
@@ -44,13 +32,13 @@ DONE = 3  # every row has its outcome: one in 20 has an image that is not there
 PATIENCE = 300  # seconds, on a machine that has better things to do
 MEMORY_ROWS, MEMORY_LIMIT = (1500, 5000), 50  # MB
 STARTUP_PARTS, STARTUP_LIMIT = 20, 2  # of 1,000 samples each; seconds
-PART_1, PART_2, PART_3 = map(script.PART_NAME.format, (1, 2, 3))
+PART_1 = script.PART_NAME.format(1)
 SETTINGS = dict.fromkeys((*script.IDENTITY, "dataset_sha256"), "as ever")  # a made-up run's
 MODELS = "transformers.models"
 WARM = [f"{MODELS}.gemma3.{name}_gemma3" for name in ("processing", "image_processing_pil")]
 WARM += [f"{MODELS}.siglip.modeling_siglip", f"{MODELS}.gemma.tokenization_gemma", "fault_test"]
 # Python 3.11 gives its fork server no other path.
-os.environ["PYTHONPATH"] = f"{TESTS}:{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+os.environ["PYTHONPATH"] = f"{conftest.TESTS}:{conftest.ROOT}:{os.environ.get('PYTHONPATH', '')}"
 
 
 def make_rows(root: Path, num_rows: int, missing_every: int = 20, per_image: int = 3) -> Path:
@@ -58,14 +46,14 @@ def make_rows(root: Path, num_rows: int, missing_every: int = 20, per_image: int
 
     The images go to `images` beside it; some rows ask about one that is not there.
     """
-    texts, names = list(read_csv().values()), sorted(path.name for path in IMAGES.iterdir())
+    texts, images = list(read_csv().values()), sorted(conftest.IMAGES.iterdir())
     (root / "images").mkdir(parents=True)
     rows = []
     for i in range(num_rows):
-        number, text = i // per_image, texts[i % len(texts)]
-        image_id = f"{number}_{names[number % len(names)]}"
+        text, image = texts[i % len(texts)], images[i // per_image % len(images)]
+        image_id = f"{i // per_image}_{image.name}"
         if i % per_image == 0:
-            (root / "images" / image_id).symlink_to(IMAGES / names[number % len(names)])
+            (root / "images" / image_id).symlink_to(image)
         if missing_every and i % missing_every == missing_every - 1:
             image_id = f"missing_{i % 3}.png"
         rows.append((f"{i}/{text['question_id']}", image_id, text["question"], text["answer"]))
@@ -91,21 +79,17 @@ def warm_process(target, *args):
 
 
 class Program:
-    """The whole program in a process of its own, 5 s faster than from a shell.
+    """The whole program in a process of its own; `patch` is shown the script before it runs."""
 
-    `env` is added to its environment; `patch` is shown the script as a module before it runs.
-    """
-
-    def __init__(self, words, stderr_path, env=None, patch=None) -> None:
+    def __init__(self, words: list[str], stderr_path: Path, patch=None) -> None:
         self._stderr_path = stderr_path
         stderr_path.write_text("")
-        self.process = warm_process(run_program, words, stderr_path, env or {}, patch)
-        self.pid = self.process.pid
+        self.process = warm_process(run_program, words, stderr_path, patch)
 
     def send_signal(self, signum: int) -> None:
         """Unless it has ended."""
         if self.process.exitcode is None:
-            os.kill(self.pid, signum)
+            os.kill(self.process.pid, signum)
 
     def stderr(self) -> str:
         """So far."""
@@ -127,20 +111,18 @@ class Program:
 
     def is_extracting(self) -> bool:
         """Whether it has begun; before that, signals do what they do to any program."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
         caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
         return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
-def run_program(words: list[str], stderr_path: Path, env: dict, patch) -> None:
+def run_program(words: list[str], stderr_path: Path, patch) -> None:
     """What a `Program` does."""
     multiprocessing.set_start_method("fork", force=True)  # as in any program: tqdm looks
-    os.environ.update(env)
     os.dup2(os.open(stderr_path, os.O_WRONLY | os.O_TRUNC), 2)
     sys.stderr = open(2, "w", buffering=1, closefd=False)
     for signum in GENTLE:
         signal.signal(signum, signal.SIG_DFL)
-    importlib.reload(script)  # it has read the environment when it was imported
     if patch:
         patch(script)
     raise SystemExit(script.main(words))
@@ -152,6 +134,7 @@ class FaultTest:
 
     def __init__(self, root: Path, num_rows: int, seed: int) -> None:
         self.root, self.random, self.csv_path = root, random.Random(seed), make_rows(root, num_rows)
+        warm_process(int).join()
         began = time.monotonic()
         assert self.start(root / "reference").end()[0] == DONE
         self.seconds = time.monotonic() - began
@@ -185,17 +168,15 @@ class FaultTest:
         """Let a run come to its end, and compare all that it left."""
         status, stderr = self.start(output_dir).end()
         assert status == DONE, f"exit status {status}: {stderr}"
-        found = self.check(output_dir, stored)
-        assert found == set(self.expected), f"missing: {set(self.expected) - found}"
-        assert list(read_samples(output_dir)) == list(self.expected), "the order of groups"
+        self.check(output_dir, stored)
+        assert list(read_samples(output_dir)) == list(self.expected), "samples, in the plan's order"
         assert read_failed(output_dir) == read_failed(self.root / "reference")
         names = {path.name for path in output_dir.iterdir()}
         assert names == {path.name for path in (self.root / "reference").iterdir()}, names
 
     def run(self, num_kills: int, num_signals: int) -> None:
         """Use up all the kills and signals, in as many directories as they take."""
-        gentle = itertools.islice(itertools.cycle(GENTLE), num_signals)
-        faults = [signal.SIGKILL] * num_kills + list(gentle)
+        faults = [signal.SIGKILL] * num_kills + [GENTLE[i % 4] for i in range(num_signals)]
         self.random.shuffle(faults)
         count, stored = 1, set()
         while faults:
@@ -206,7 +187,6 @@ class FaultTest:
                 print(f"{faults.pop().name}: {len(stored)} samples in whole parts", flush=True)
             if not is_struck or len(stored) == len(self.expected) or not faults:
                 self.finish(output_dir, stored)
-                print(f"directory {count}: all as in the uninterrupted run", flush=True)
                 count, stored = count + 1, set()
 
 
@@ -258,15 +238,14 @@ def main() -> int:
     parser.add_argument("--memory", action="store_true", help="measure memory instead")
     parser.add_argument("--startup", action="store_true", help="measure going on instead")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        root = Path(directory)
+    with tempfile.TemporaryDirectory() as root:
         try:
             if args.memory:
-                check_memory(root)
+                check_memory(Path(root))
             elif args.startup:
-                check_startup(root)
+                check_startup(Path(root))
             else:
-                FaultTest(root, args.rows, args.seed).run(args.kills, args.signals)
+                FaultTest(Path(root), args.rows, args.seed).run(args.kills, args.signals)
         except AssertionError as error:
             print(f"VIOLATED: {error}")
             return 1

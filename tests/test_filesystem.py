@@ -3,7 +3,6 @@
 import ctypes
 import functools
 import os
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -29,15 +28,11 @@ def attach_strace(inject, _):
         time.sleep(0.01)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def strace():
-    if not shutil.which("strace") or subprocess.call(["strace", "-o", "/dev/null", "true"]):
-        pytest.skip("strace is not installed, or may not attach to a process here")
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """Its CSV, 12 rows in three parts, the last about a missing image; and its samples."""
+    if subprocess.call(["sh", "-c", "strace -o /dev/null true"]):
+        pytest.skip("strace is not installed, or may not attach to a process here")
     root = tmp_path_factory.mktemp("undisturbed")
     csv_path = make_rows(root, 12, missing_every=12)
     assert Program(words_of(csv_path, root / "out"), root / "err").end()[0] == DONE
