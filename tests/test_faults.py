@@ -129,7 +129,6 @@ def test_a_question_that_does_not_fit_alone_fails(run_rows, plain, tmp_path, ind
         if culprit in [live.question.row.question_id for live in extractor._live[start:stop]]:
             raise NO_MEMORY
 
-    # BUG: in the script, what is answered on the way down is taken for the size that fits: 1.
     status, _, found = run_rows(Extractor, "_prefill", run_short, ["--batch-size", 4])
     assert (status, list(read_failed(tmp_path / "out"))) == (3, [culprit])
     assert_same_samples(found, {name: plain[1][name] for name in plain[1] if name != culprit})
