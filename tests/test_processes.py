@@ -124,8 +124,7 @@ def race(dtype, connection):
         lock, claimed, told = script.OutputLock(job[0]), [], ""  # held to the end
         time.sleep(max(0, job[1] - time.time()))
         try:
-            now = SETTINGS | {"dtype": dtype}
-            _, missing = script.open_output(options, lock, now, rows, 1000)
+            _, missing = script.open_output(options, lock, SETTINGS | {"dtype": dtype}, rows, 1000)
             claimed = [number for number in missing if lock.claim(number)]
         except script.ExtractionError as error:
             told = str(error)
@@ -138,13 +137,14 @@ def test_two_start_within_milliseconds(tmp_path, dtypes):
     racers, ends = zip(*[multiprocessing.Pipe() for _ in dtypes], strict=True)
     for dtype, end in zip(dtypes, ends, strict=True):
         warm_process(race, dtype, end)
+        end.close()  # so that a racer's death is no hang
     for i in range(20):
         moment = time.time() + 0.03
         for k, racer in enumerate(racers):
             racer.send((tmp_path / f"{i}", moment + k * (i % 10 - 5) * 0.001))
         assert all(racer.poll(60) for racer in racers), "the race hangs"
         (parts, told), (other_parts, also_told) = (racer.recv() for racer in racers)
-        assert sorted(parts + other_parts) == [1, 2, 3, 4, 5, 6]
+        assert sorted(parts + other_parts) == [1, 2, 3, 4, 5, 6], told + also_told
         assert (told + also_told).count("dtype was") == (dtypes[0] != dtypes[1])
     for racer in racers:
         racer.send(None)
