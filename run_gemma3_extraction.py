@@ -16,10 +16,10 @@ One HDF5 file for every `--checkpoint-interval` samples, one group for every sam
         multimodal_representation/layer_{i}      [D]        decoder layer i, mean over the prompt
         answer_logprobs                          [tokens]   natural log, end token included
 
-How a row travels, from the top of this file to its end:
+How a row travels:
 
-    read_rows → plan_parts → read_ahead → Extractor.run (encode, prefill, decode) → Recorder
-    → write_part → part_NNN.h5
+    read_rows → plan_parts → read_ahead → Extractor.run (encode, prefill, decode)
+    → Recorder → PartWriter → part_NNN.h5
 
 Every prompt is a prefix, the same for all (up to the end of the image), and the question's own
 tokens. An image runs through the vision tower and the prefix once; each question about it takes a
@@ -91,7 +91,8 @@ COLUMNS = {  # a field of `Row`, and what the CSV may call it
 }
 VISION = "vision_representation"
 LAYER_KINDS = (
-    *("vision_token_representation", "query_token_representation"),
+    "vision_token_representation",
+    "query_token_representation",
     "multimodal_representation",
 )
 # What every stored vector depends on: no run goes on in a directory where these were others.
@@ -108,7 +109,7 @@ SAMPLE_OVERHEAD, VECTOR_OVERHEAD = 6000, 350  # bytes of a file beside the vecto
 NUM_TEST_ROWS = 3
 TEST_BOUNDS = {"float32": 1e-4, "bfloat16": 0.1}  # relative L2 error to a plain forward pass
 
-CPU_BATCH_SIZE = 32  # what `tests/benchmark.py` shows best
+CPU_BATCH_SIZE = 32  # not measured thoroughly; no result depends on it
 MAX_BATCH_SIZE = 256
 MAX_PASS_TOKENS = 8192  # of a prefill pass
 MAX_PASS_IMAGES = 8  # of an encoding pass on an accelerator; a CPU is faster one by one
@@ -1535,8 +1536,10 @@ def plain_forward(extractor: Extractor, image: Image.Image, question: str, has_m
 
 
 def compare_with_plain(options: Options, extractor: Extractor, sample: Sample) -> tuple:
-    """Compare a sample with plain forward passes of its prompt: whether they have the same tokens,
-    the relative L2 effect of the image mask at the soft tokens, that of each vector's error.
+    """Compare a sample with plain forward passes of its prompt.
+
+    Gives whether they have the same tokens, the relative L2 effect of the image mask at the soft
+    tokens, and the relative L2 error of each vector.
     """
     row, prompter = sample.question.row, extractor.prompter
     image, _ = open_image(options.images_dir, row.image_id)
@@ -1646,20 +1649,8 @@ def read_options(words: list[str]) -> Options:
     add("--max-new-tokens", type=int, default=200, metavar="N", help="0: no answers (%(default)s)")
     auto = {"type": lambda text: None if text == "auto" else positive(text), "default": "auto"}
     add("--batch-size", **auto, metavar="N|auto", help="questions side by side (%(default)s)")
-    add(
-        "--num-workers",
-        type=positive,
-        default=cores,
-        metavar="N",
-        help="image threads (%(default)s)",
-    )
-    add(
-        "--checkpoint-interval",
-        type=positive,
-        default=1000,
-        metavar="N",
-        help="samples a file (1000)",
-    )
+    add("--num-workers", type=positive, default=cores, metavar="N", help="threads (%(default)s)")
+    add("--checkpoint-interval", type=positive, default=1000, metavar="N", help="per file (1000)")
     packing = {"choices": ["none", "gzip", "lzf"], "default": "none"}
     add("--compression", **packing, help="of the vectors (%(default)s)")
     options = parser.parse_args(words)

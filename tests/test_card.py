@@ -79,6 +79,19 @@ def test_batch_size_follows_from_free_memory(size, memory, expected):
     assert expected[0] <= found <= expected[1]
 
 
+def test_the_batch_size_is_the_users_or_follows_from_the_device(monkeypatch):
+    config, cuda = make_config("12b"), torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (55 * GIB, 80 * GIB))
+
+    def choose(device, **options):
+        return script.choose_batch_size(make_options(**options), config, 576, device)
+
+    assert choose(cuda, batch_size=7) == 7
+    assert choose(torch.device("cpu")) == script.CPU_BATCH_SIZE
+    assert choose(cuda) == script.fit_batch_size(55 * GIB, config, 2, 576)
+    assert choose(cuda) > choose(cuda, dtype="float32") > 1
+
+
 def place(monkeypatch, large, free, num_cards=1, **options):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free * GIB), 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_cards)
