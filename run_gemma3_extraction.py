@@ -112,6 +112,7 @@ TEST_BOUNDS = {"float32": 1e-4, "bfloat16": 0.1}  # relative L2 error to a plain
 CPU_BATCH_SIZE = 32  # not measured thoroughly; no result depends on it
 MAX_BATCH_SIZE = 256
 MAX_PASS_TOKENS = 8192  # of a prefill pass
+PASS_COST, CPU_PASS_COST = 512, 48  # tokens whose arithmetic takes as long as an empty pass
 MAX_PASS_IMAGES = 8  # of an encoding pass on an accelerator; a CPU is faster one by one
 TYPICAL_QUESTION = 64  # tokens behind the prefix; no result depends on it
 
@@ -636,8 +637,8 @@ class Lanes:
         for layer, lanes in zip(cache.layers, self.layers, strict=True):
             index = index.to(lanes.device)
             own, num_slots = lanes[:, start : start + len(images)], layer.keys.shape[2]
-            own[0, :, :, :num_slots] = layer.keys[index]
-            own[1, :, :, :num_slots] = layer.values[index]
+            torch.index_select(layer.keys, 0, index, out=own[0, :, :, :num_slots])
+            torch.index_select(layer.values, 0, index, out=own[1, :, :, :num_slots])
             own[:, :, :, num_slots:] = 0
 
     def move(self, sources: list[int], targets: list[int]) -> None:
@@ -649,21 +650,24 @@ class Lanes:
 
 
 class LaneView:
-    """The lanes of one pass, n from `start` on, as transformers' layers want a cache."""
+    """The lanes of one pass, n of them, as transformers' layers want a cache."""
 
-    def __init__(self, lanes: Lanes, start: int, pos: Tensor, num_slots: int) -> None:
-        self._layers = [layer[:, start : start + len(pos)] for layer in lanes.layers]
-        self._num_slots = num_slots  # that may be in use
+    def __init__(self, lanes: Lanes, chosen: list[int], pos: Tensor, num_slots: int) -> None:
+        self._layers = lanes.layers
+        self._chosen = torch.tensor(chosen, device=pos.device)  # [n]
         self._pos = pos  # [n, L]
-        self._index = torch.arange(len(pos), device=pos.device)[:, None]  # [n, 1]
+        self._num_slots = num_slots  # that may be in use
+        side_by_side = range(chosen[0], chosen[0] + len(chosen))
+        self._slice = slice(chosen[0], side_by_side.stop) if chosen == list(side_by_side) else None
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_, **__) -> tuple:
         """Store the tokens' [n, kv_heads, L, head_dim]; gives all that their lanes hold."""
-        lanes = self._layers[layer_idx]  # [2, n, kv_heads, slots, head_dim]
-        index, pos = self._index.to(keys.device), self._pos.to(keys.device)
-        lanes[0][index, :, pos] = keys.transpose(1, 2)  # [n, L, kv_heads, head_dim]
-        lanes[1][index, :, pos] = values.transpose(1, 2)
-        return lanes[0, :, :, : self._num_slots], lanes[1, :, :, : self._num_slots]
+        lanes = self._layers[layer_idx]  # [2, lanes, kv_heads, slots, head_dim]
+        chosen, pos = self._chosen.to(keys.device), self._pos.to(keys.device)
+        lanes[0][chosen[:, None], :, pos] = keys.transpose(1, 2)  # [n, L, kv_heads, head_dim]
+        lanes[1][chosen[:, None], :, pos] = values.transpose(1, 2)
+        held = lanes[:, self._slice or chosen, :, : self._num_slots]  # of a slice no copy
+        return held[0], held[1]
 
 
 def causal_masks(pos: Tensor, num_slots: int, window: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -718,6 +722,7 @@ class Extractor:
         self.max_new_tokens = max_new_tokens
         self.device = device  # not the model's, which is `meta` where its tower is offloaded
         self.max_pass_images = 1 if device.type == "cpu" else MAX_PASS_IMAGES
+        self.pass_cost = CPU_PASS_COST if device.type == "cpu" else PASS_COST
         end = model.generation_config.eos_token_id
         self._end_ids = set(end if isinstance(end, list) else [end])
         self.restart(batch_size)
@@ -765,8 +770,9 @@ class Extractor:
             if not self._seat_waiting():
                 break
         num_entered = len(self._live) - num_before
-        for start, stop in self._split_passes(num_before):
-            yield self._prefill(start, stop)
+        if num_entered:
+            for lanes in self._split_passes(range(num_before, len(self._live))):
+                yield self._prefill(lanes)
         return num_entered
 
     def _close_gaps(self) -> None:
@@ -827,39 +833,46 @@ class Extractor:
             self._cache = None
         return len(images)
 
-    def _split_passes(self, start: int) -> Iterator[tuple[int, int]]:
-        """The lanes from `start` on in runs of which at most half would be padding."""
-        longest = total = 0
-        for i in range(start, len(self._live)):
-            length = len(self._live[i].question.input_ids) - len(self.prompter.prefix)
-            longest, total = max(longest, length), total + length
-            num_tokens = (i - start + 1) * longest
-            if num_tokens > max(length, min(2 * total, MAX_PASS_TOKENS)):
-                yield start, i
-                start, longest, total = i, length, length
-        if start < len(self._live):
-            yield start, len(self._live)
+    def _split_passes(self, lanes: list[int]) -> Iterator[list[int]]:
+        """Lanes whose questions run together: those of few tokens apart from those of many, where
+        that saves more padding than a pass costs.
+        """
+        by_length = sorted(lanes, key=self._num_own_tokens)
+        lengths = [self._num_own_tokens(lane) for lane in by_length]
+        saved = [i * (lengths[-1] - length) for i, length in enumerate(lengths, start=1)]
+        if max(saved) > self.pass_cost:
+            cut = saved.index(max(saved)) + 1
+        elif len(lanes) > 1 and len(lanes) * lengths[-1] > MAX_PASS_TOKENS:
+            cut = len(lanes) // 2
+        else:
+            yield sorted(lanes)
+            return
+        yield from self._split_passes(by_length[:cut])
+        yield from self._split_passes(by_length[cut:])
 
-    def _prefill(self, start: int, stop: int) -> list[Sample | Failure]:
+    def _num_own_tokens(self, lane: int) -> int:
+        return len(self._live[lane].question.input_ids) - len(self.prompter.prefix)
+
+    def _prefill(self, lanes: list[int]) -> list[Sample | Failure]:
         """Run the own tokens of the questions in these lanes: their states and first tokens."""
-        lives, num_prefix = self._live[start:stop], len(self.prompter.prefix)
+        lives, num_prefix = [self._live[lane] for lane in lanes], len(self.prompter.prefix)
         own = [torch.tensor(live.question.input_ids[num_prefix:]) for live in lives]
         lengths = torch.tensor([len(tokens) for tokens in own])
         input_ids = nn.utils.rnn.pad_sequence(own, batch_first=True)  # [n, L], on the right
         pos = num_prefix + torch.arange(input_ids.shape[1]).expand_as(input_ids)
         with capture(self.model, self.layers, lengths - 1, lengths) as (_, kept, sums):
-            hidden = self._forward(start, input_ids, pos)  # [n, L, D]
+            hidden = self._forward(lanes, input_ids, pos)  # [n, L, D]
         for live, query_token, own_sum in zip(lives, to_numpy(kept), to_numpy(sums), strict=True):
             live.query_token, live.token_sum = query_token, live.token_sum + own_sum
         if not self.max_new_tokens:
-            return [self._finish(lane, is_truncated=False) for lane in range(start, stop)]
+            return [self._finish(lane, is_truncated=False) for lane in lanes]
         last = hidden[torch.arange(len(lives)), lengths - 1]  # [n, D]
         tokens, logprobs, logits = self._choose_tokens(last)
         first_token = torch.distributions.Categorical(logits=logits, validate_args=False)
         entropies = to_numpy({0: first_token.entropy()})
         for live, (entropy,) in zip(lives, entropies.tolist(), strict=True):
             live.entropy = entropy
-        return self._add_tokens(start, tokens, logprobs)
+        return self._add_tokens(lanes, tokens, logprobs)
 
     def _decode(self) -> list[Sample | Failure]:
         """The next token of every live question. Dead lanes run along, and are overwritten."""
@@ -869,12 +882,13 @@ class Extractor:
             if live:
                 input_ids[lane] = live.answer_ids[-1]
                 pos[lane] = len(live.question.input_ids) + len(live.answer_ids) - 1
-        hidden = self._forward(0, input_ids, pos)  # [n, 1, D]
+        lanes = list(range(len(self._live)))
+        hidden = self._forward(lanes, input_ids, pos)  # [n, 1, D]
         tokens, logprobs, _ = self._choose_tokens(hidden[:, 0])
-        return self._add_tokens(0, tokens, logprobs)
+        return self._add_tokens(lanes, tokens, logprobs)
 
-    def _forward(self, start: int, input_ids: Tensor, pos: Tensor) -> Tensor:
-        """Run tokens [n, L] at their positions in the lanes from `start` on; normed [n, L, D]."""
+    def _forward(self, lanes: list[int], input_ids: Tensor, pos: Tensor) -> Tensor:
+        """Run tokens [n, L] at their positions in n lanes; normed states [n, L, D]."""
         num_slots = min(-(-(int(pos.max()) + 1) // 8) * 8, self._lanes.shape[1])
         input_ids, pos = input_ids.to(self.device), pos.to(self.device)
         window = self.model.config.text_config.sliding_window
@@ -882,7 +896,7 @@ class Extractor:
             input_ids=input_ids,
             attention_mask=causal_masks(pos, num_slots, window, self.model.dtype),
             position_ids=pos,
-            past_key_values=LaneView(self._lanes, start, pos, num_slots),
+            past_key_values=LaneView(self._lanes, lanes, pos, num_slots),
         )
         return output.last_hidden_state
 
@@ -899,10 +913,10 @@ class Extractor:
         tokens, logprobs = to_numpy(columns).T.tolist()
         return list(map(int, tokens)), logprobs, logits
 
-    def _add_tokens(self, start: int, tokens: list, logprobs: list) -> list[Sample | Failure]:
-        """Give every live lane from `start` on its token; what has come to an end leaves."""
+    def _add_tokens(self, lanes: list, tokens: list, logprobs: list) -> list[Sample | Failure]:
+        """Give every live one of the lanes its token; what has come to an end leaves."""
         outcomes = []
-        for lane, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True), start):
+        for lane, token, logprob in zip(lanes, tokens, logprobs, strict=True):
             live = self._live[lane]
             if live is None:
                 continue

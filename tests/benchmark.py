@@ -307,8 +307,8 @@ class PaperExtractor(script.Extractor):
     def _encode(self, chunk):
         return self.counted("encode", len(chunk), super()._encode, chunk)
 
-    def _prefill(self, start, stop):
-        return self.counted("prefill", stop - start, super()._prefill, start, stop)
+    def _prefill(self, lanes):
+        return self.counted("prefill", len(lanes), super()._prefill, lanes)
 
     def _decode(self):
         return self.counted("decode", self.num_live(), super()._decode)

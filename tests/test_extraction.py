@@ -465,10 +465,10 @@ def test_the_batch_stays_nearly_full(ours, prompter, monkeypatch, num_questions)
     seen, num_entered = [], 0
     prefill, decode = script.Extractor._prefill, script.Extractor._decode
 
-    def watched_prefill(self, start, stop):
+    def watched_prefill(self, lanes):
         nonlocal num_entered
-        num_entered += stop - start
-        return prefill(self, start, stop)
+        num_entered += len(lanes)
+        return prefill(self, lanes)
 
     def watched_decode(self):
         seen.append((sum(live is not None for live in self._live), num_entered))
@@ -507,15 +507,15 @@ def test_a_long_prompt_narrows_the_batch_while_it_lives(ours, prompter, monkeypa
 def test_long_and_short_questions_are_not_padded_to_each_other(prompter, ours):
     extractor = make_extractor(ours, prompter, 64)
     for lengths, expected in (
-        ([9, 10, 11], [(0, 3)]),
-        ([9, 9, 1500, 15], [(0, 2), (2, 4)]),
-        ([1500], [(0, 1)]),
-        ([3000] * 5, [(0, 2), (2, 4), (4, 5)]),
+        ([9, 10, 11], [[0, 1, 2]]),
+        ([9, 9, 1500, 15], [[0, 1, 3], [2]]),
+        ([20, 10] * 8, [[1, 3, 5, 7, 9, 11, 13, 15], [0, 2, 4, 6, 8, 10, 12, 14]]),
+        ([1500], [[0]]),
+        ([3000] * 5, [[0, 1], [2], [3, 4]]),
     ):
         ids = [[*prompter.prefix, *[0] * length] for length in lengths]
         extractor._live = [script.Live(script.Question(None, one), "", *[None] * 3) for one in ids]
-        assert list(extractor._split_passes(0)) == expected
-        assert list(extractor._split_passes(len(lengths))) == []
+        assert list(extractor._split_passes(range(len(lengths)))) == expected
 
 
 def test_threads_change_nothing(ours, prompter, monkeypatch):
