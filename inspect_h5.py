@@ -13,30 +13,29 @@ Samples stand part after part, those of a part in the order in which they were p
 usage, 130 stopped by Ctrl-C.
 """
 
-import signal
-import sys
-
-if __name__ == "__main__":  # before the imports, which take a second
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # it may be ignored
-        signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it as it ends any other tool
-
 import argparse
+import csv
 import dataclasses
 import difflib
 import itertools
 import json
+import os
 import re
+import signal
+import sys
 import unicodedata
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from urllib.parse import unquote
 
 import h5py
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 VISION, LINK = "vision_representation", "vision_only_representation"
 KINDS = ("vision_token_representation", "query_token_representation", "multimodal_representation")
@@ -45,9 +44,9 @@ COUNTS = ["row", "num_prompt_tokens", "vision_token_pos", "query_token_pos", "nu
 LOGPROBS, ENTROPY = "answer_logprobs", "first_token_entropy"
 VARYING = {"created_at", "dataset", "dataset_sha256", "python_version", "torch_version"}
 VARYING |= {"transformers_version", "device", "device_name", "cuda_version", "cudnn_version"}
+VARYING_ELSEWHERE = {"checkpoint_interval", "storage_dtype"}  # between directories
 UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
 NUM_DRAWN = 1000  # samples in the table and the plot
-MAX_LAYERS = 8  # so many are shown one by one
 COLORS = "#0072B2 #E69F00 #009E73 #CC79A7 #000000 #56B4E9 #D55E00 #F0E442 #882255 #999933".split()
 
 Paths = str | Path | Iterable[str | Path]  # files; directories stand for the parts in them
@@ -67,6 +66,8 @@ def find_parts(paths: Paths) -> list[Path]:
             raise ValueError(f"{path} is no file, and no directory with part files in it")
         for part in inside:
             found.setdefault(part.resolve(), part)
+    if not found:
+        raise ValueError("no part files")
     return list(found.values())
 
 
@@ -77,34 +78,43 @@ def scan_parts(paths: Paths) -> tuple[dict[Path, dict], Samples, list[Finding]]:
         try:
             with h5py.File(path) as file:
                 part = {name: np.asarray(value).tolist() for name, value in file.attrs.items()}
-                rows = {name: int(file.require_group(name).attrs.get("row", -1)) for name in file}
+                names = list(file)
+                if part.get("schema_version", 1) < 3:  # since then the order of groups tells it
+                    names.sort(key=lambda name: int(file[name].attrs.get("row", -1)))
             list_vectors(part)  # which raises where an attribute that it needs is missing
         except UNREADABLE as error:
             findings.append((f"{path}: cannot be read as a part: {error}", []))
             continue
         parts[path] = part
-        expected = next(iter(parts.values())) | {"num_samples": len(rows)}
-        compared = (part.keys() | expected.keys()) - VARYING
-        is_pinned = re.fullmatch("[0-9a-f]{40,64}", str(part.get("model_revision")))
-        if is_pinned and part["model_revision"] == expected.get("model_revision"):
-            compared.discard("model_name")  # the same weights, by another path
-        for key in sorted(compared):
-            if part.get(key) != expected.get(key):
-                what = f"{key} is {part.get(key)!r}, not {expected.get(key)!r}"
-                findings.append((f"{path}: {what}", []))
-        twice = [unquote(name) for name in rows if name in owners]
-        if twice:
-            findings.append((f"{path}: question_id is there twice", twice))
-        for name in sorted(rows, key=rows.get):
-            owners.setdefault(name, path)
+        findings += find_differences(path, parts)
+        if part.get("num_samples") != len(names):
+            what = f"num_samples is {part.get('num_samples')}, not {len(names)}"
+            findings.append((f"{path}: {what}", []))
+        if twice := [name for name in names if name in owners]:
+            what = f"{path}: question_id stands in {owners[twice[0]]} too"
+            findings.append((what, list(map(unquote, twice))))
+        owners |= {name: path for name in names if name not in owners}
     return parts, [(path, name) for name, path in owners.items()], findings
+
+
+def find_differences(path: Path, parts: dict[Path, dict]) -> Iterator[Finding]:
+    """Why a part is not of one run with those before it; of other directories less is asked."""
+    part, first = parts[path], next(iter(parts.values()))
+    sibling = next(other for there, other in parts.items() if there.parent == path.parent)
+    is_pinned = re.fullmatch("[0-9a-f]{40,64}", str(part.get("model_revision")))
+    for key in sorted((part.keys() | first.keys() | sibling.keys()) - VARYING - {"num_samples"}):
+        expected = sibling if key in VARYING_ELSEWHERE else first
+        is_same_model = is_pinned and part["model_revision"] == first.get("model_revision")
+        if part.get(key) != expected.get(key) and not (key == "model_name" and is_same_model):
+            yield f"{path}: {key} is {part.get(key)!r}, not {expected.get(key)!r}", []
 
 
 def open_run(paths: Paths) -> tuple[dict[Path, dict], Samples]:
     """Each part's attributes, all samples in order. Raises ValueError if they are not one run."""
     parts, samples, findings = scan_parts(paths)
-    if findings or not parts:
-        raise ValueError(findings[0][0] if findings else "no part files")
+    if findings:
+        what, ids = findings[0]
+        raise ValueError(what + "".join(f" (first {name!r})" for name in ids[:1]))
     return parts, samples
 
 
@@ -112,14 +122,14 @@ def list_vectors(part: dict, kind: str | None = None, layer: int | None = None) 
     """A sample's vectors, of one representation or layer if it is given, and their lengths."""
     layered = [f"{name}/layer_{i}" for name in KINDS for i in part["layers"]]
     widths = {VISION: part["vision_hidden_size"], **dict.fromkeys(layered, part["hidden_size"])}
-    chosen = {}
-    for name, width in widths.items():
-        if kind in (None, name.partition("/")[0]) and layer in (None, layer_of(name)):
-            chosen[name] = width
+    chosen = {
+        name: width
+        for name, width in widths.items()
+        if kind in (None, name.partition("/")[0]) and layer in (None, layer_of(name))
+    }
     if not chosen:
-        layers = one_line(part["layers"], 40)
-        there = f"there are {VISION}, {', '.join(KINDS)}, layers {layers}"
-        raise ValueError(f"no layer {layer} of {kind or 'any representation'}; {there}")
+        there = f"{VISION}, {', '.join(KINDS)}, layers {one_line(part['layers'], 40)}"
+        raise ValueError(f"no layer {layer} of {kind or 'any representation'}; there are {there}")
     return chosen
 
 
@@ -129,23 +139,8 @@ def layer_of(name: str) -> int | None:
     return int(layer) if layer else None
 
 
-def pick_layers(vectors: Vectors) -> tuple[Vectors, str]:
-    """Vectors of no more than five layers, where there are many, and a note that says so."""
-    layers = sorted({layer_of(name) for name in vectors} - {None})
-    if len(layers) <= MAX_LAYERS:
-        return vectors, ""
-    count = len(layers)
-    picked = [layers[k] for k in (0, count // 4, count // 2, 3 * count // 4, count - 1)]
-    kept = {name: width for name, width in vectors.items() if layer_of(name) in (None, *picked)}
-    named = ", ".join(map(str, picked))
-    return kept, f"; layers {named} of {len(layers)}; --layer I for another"
-
-
 def read(group: h5py.Group, name: str, width: int | None = None) -> np.ndarray | str:
-    """A vector float32 [width], or a text; ValueError for another shape or type.
-
-    h5py's `group[name][()]` is up to three times slower.
-    """
+    """A vector float32 [width], or a text, in a third of the time that `group[name][()]` takes."""
     shape, dtype = ((), h5py.string_dtype()) if width is None else ((width,), np.float32)
     dataset, values = h5py.h5d.open(group.id, name.encode()), np.empty(shape, dtype)
     if (dataset.shape, dataset.dtype) != (shape, values.dtype):
@@ -154,15 +149,18 @@ def read(group: h5py.Group, name: str, width: int | None = None) -> np.ndarray |
     return values.item().decode() if width is None else values
 
 
-def each(samples: Samples, function: Callable, *args) -> Iterator:
-    """`function(group, *args)` of every sample."""
+def each(samples: Samples, function: Callable, *args, strict: bool = True) -> Iterator:
+    """`function(group, *args)` of every sample; where not `strict`, a problem of what is broken."""
     for path, inside in itertools.groupby(samples, key=lambda sample: sample[0]):
         with h5py.File(path) as file:
             for _, name in inside:
                 try:
                     yield function(file[name], *args)
                 except UNREADABLE as error:
-                    raise ValueError(f"{path}, {unquote(name)!r}: {error.args[-1]}") from error
+                    what, name = f"cannot be opened: {error.args[-1]}", unquote(name)
+                    if strict:
+                        raise ValueError(f"{path}, {name!r} {what}") from error
+                    yield {"path": path, "question_id": name, "problems": [what]}
 
 
 def read_texts(samples: Samples) -> pd.DataFrame:
@@ -200,39 +198,57 @@ def load_embeddings(
 
 def read_table(path: Path, *columns: tuple[str, ...]) -> pd.DataFrame:
     """Columns of a CSV by question_id, text as it stands; each by the first name that is there."""
+    csv.field_size_limit(sys.maxsize)
     try:
-        table = pd.read_csv(path, index_col="question_id", dtype=str, na_filter=False)
-    except UNREADABLE as error:
-        raise ValueError(f"{path} cannot be read: {error.args[-1]}") from error
-    if not table.index.is_unique:
-        raise ValueError(f"{path}: a question_id is there twice")
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            lines, header = list(reader), reader.fieldnames or [""]
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if len(header) == 1 and re.search("[;\t]", header[0]):
+        raise ValueError(f"{path} looks separated by semicolons or tabs: save it with commas")
     chosen = []
-    for names in columns:
-        there = [name for name in names if name in table]
-        if not there:
-            missing = " or ".join(names)
-            raise ValueError(f"{path} has no column {missing}; it has {', '.join(table)}")
-        chosen.append(there[0])
-    return table[chosen]
+    for names in [("question_id",), *columns]:
+        chosen.append(next((name for name in names if name in header), None))
+        if chosen[-1] is None:
+            there = f"it has {', '.join(header)}"
+            raise ValueError(f"{path} has no column {' or '.join(names)}; {there}")
+    if uneven := [line for line in lines if None in line or None in line.values()]:
+        what = f"{len(uneven):,} rows have more or fewer fields than the header"
+        raise ValueError(f"{path}: {what}; check their commas, also at the end")
+    table = pd.DataFrame(lines, columns=chosen, dtype=str).set_index("question_id")
+    if len(twice := table.index[table.index.duplicated()]):
+        raise ValueError(f"{path}: question_id {twice[0]!r} is there twice")
+    return table
+
+
+def read_column(spec: str, question_ids: pd.Series) -> tuple[pd.Series, list[str]]:
+    """CSV:COLUMN of these samples, NaN for none; a note if some are not there. Or ValueError."""
+    csv_path, _, column = spec.rpartition(":")
+    values = read_table(Path(csv_path), (column,))[column]
+    absent = question_ids[~question_ids.isin(values.index)].tolist()
+    note = f"{len(absent):,} of {len(question_ids):,} samples are not in {csv_path}"
+    note += f", first {absent[:1]} (it has {[*values.index[:1]]}); did leading zeros get lost?"
+    if len(absent) == len(question_ids):
+        raise ValueError(note)
+    values = values.reindex(question_ids).str.strip().replace("", np.nan).reset_index(drop=True)
+    if values.isna().all():
+        raise ValueError(f"{spec}: no sample has a value there")
+    return values, [note] if absent else []
 
 
 # ─────────────────────────────────────────── the view ──────────────────────────────────────────
 def summarise(matrix: np.ndarray) -> dict[str, float | None]:
-    """The figures of vectors [num_samples, D]; norms and cosine are of those that are finite."""
+    """The figures of vectors [num_samples, D]; norms are of those that are finite."""
     finite = np.isfinite(matrix)
     whole = matrix[finite.all(axis=1)]
     norms = np.sqrt(np.einsum("nd,nd->n", whole, whole, dtype=np.float64))
-    units = whole[norms > 0] / norms[norms > 0, None]
-    count = len(units)
-    # |sum of u|² holds `count` squares of unit vectors, and the cosine of every pair twice.
-    pairs = np.sum(units.sum(axis=0) ** 2) - count
     return {
         "dim": matrix.shape[1],
         "norm_mean": float(norms.mean()) if len(norms) else None,
         "norm_std": float(norms.std()) if len(norms) else None,
         "max_abs": float(np.abs(matrix).max(initial=0, where=finite)),
         "nonfinite_share": float(1 - finite.mean()),
-        "mean_cosine": float(pairs / (count * (count - 1))) if count > 1 else None,
     }
 
 
@@ -241,22 +257,8 @@ def describe_sample(group: h5py.Group, vectors: Iterable[str]) -> dict[str, str]
     tree = dict.fromkeys(TEXTS, "text") | {LINK: f"-> {VISION}"}
     for name in [LOGPROBS, *vectors] if LOGPROBS in group else vectors:
         dataset = group[name]
-        is_short = dataset.id.get_type().get_size() < dataset.dtype.itemsize
-        dtype = "bfloat16" if is_short else dataset.dtype  # which h5py reads as float32
-        tree[name] = f"{dtype} {list(dataset.shape)} {dataset.compression or ''}".rstrip()
+        tree[name] = f"{dataset.dtype} {list(dataset.shape)} {dataset.compression or ''}".rstrip()
     return tree
-
-
-def count_failed(paths: Iterable[Path]) -> tuple[int, list[str]]:
-    """How many rows `failed_samples.csv` beside the parts list, and which cannot be read."""
-    count, unreadable = 0, []
-    as_left = {"usecols": ["question_id"], "index_col": False, "encoding_errors": "replace"}
-    for path in sorted({path.with_name("failed_samples.csv") for path in paths}):
-        try:
-            count += len(pd.read_csv(path, **as_left)) if path.exists() else 0
-        except (OSError, ValueError):
-            unreadable.append(str(path))
-    return count, unreadable
 
 
 def describe(parts: dict, samples: Samples, drawn: Samples, vectors: Vectors) -> dict:
@@ -265,17 +267,15 @@ def describe(parts: dict, samples: Samples, drawn: Samples, vectors: Vectors) ->
     for name in next(iter(parts.values())):
         values = [part.get(name) for part in parts.values()]
         settings[name] = values[0] if values.count(values[0]) == len(values) else values
-    figured = vectors.items() if drawn else ()
-    num_failed, unreadable = count_failed(parts)
+    lists = filter(Path.exists, {path.with_name("failed_samples.csv") for path in parts})
     return {
         "files": list(map(str, parts)),
         "num_samples": len(samples),
-        "num_failed": num_failed,
-        "unreadable": unreadable,
+        "num_failed": sum(len(read_table(path)) for path in lists),
         "settings": settings,
         "sample": next(each(drawn[:1], describe_sample, vectors), {}),
         "num_samples_read": len(drawn),
-        "figures": {name: summarise(read_matrix(drawn, name, width)) for name, width in figured},
+        "figures": {n: summarise(read_matrix(drawn, n, vectors[n])) for n in vectors if drawn},
     }
 
 
@@ -287,13 +287,11 @@ def one_line(value: object, width: int = sys.maxsize) -> str:
     return f"{text[:end]}…" if (used > width).any() else text
 
 
-def show(facts: dict, note: str, width: int) -> Iterator[str]:
+def show(facts: dict, width: int) -> Iterator[str]:
     """The facts in lines of 80 columns; `width` cuts what need not be whole."""
     files, total, num_read = facts["files"], facts["num_samples"], facts["num_samples_read"]
     yield files[0] if len(files) == 1 else f"{files[0]} ...\n{files[-1]}"
     yield f"parts: {len(files)}, samples: {total:,}, failed: {facts['num_failed']:,}"
-    for path in facts["unreadable"]:
-        yield f"{path} cannot be read, so its rows are not counted"
     yield ""
     for name, value in facts["settings"].items():
         yield f"{name:<22}{one_line(str(value).strip('[]'), width)}"
@@ -301,12 +299,11 @@ def show(facts: dict, note: str, width: int) -> Iterator[str]:
     for name, kind in facts["sample"].items():
         yield f"{name:<38}{kind}"
     drawn = ", drawn at random" if num_read < total else ""
-    yield f"\nfigures of {num_read:,} samples{drawn}{note}"
-    yield f"{'':36}  dim  mean L2   sd L2 max |x|   bad  cosine"
-    for name, figures in facts["figures"].items():
-        dim, *sizes, bad, cosine = (np.nan if x is None else x for x in figures.values())
-        cells = "".join(f"{size:8.0f}" if size >= 1000 else f" {size:7.4g}" for size in sizes)
-        yield f"{name:<36}{dim:>5} {cells}{bad:6.1%}{cosine:8.4f}"
+    yield f"\nfigures of {num_read:,} samples{drawn}"
+    if facts["figures"]:
+        table = pd.DataFrame(facts["figures"], dtype=object).T.fillna(np.nan)
+        table.columns = ["dim", "mean L2", "sd L2", "max |x|", "bad"]
+        yield table.to_string(float_format="{:.4g}".format)
     for sample in facts["samples"]:
         yield ""
         yield one_line(f"{sample['question_id']}  {sample['image_id']}", 80)
@@ -318,13 +315,11 @@ def show(facts: dict, note: str, width: int) -> Iterator[str]:
 def verify(paths: list[Path], csv_path: Path | None) -> tuple[int, list[str]]:
     """The exit status, and a line for everything that is wrong with parts, or unlike the CSV."""
     parts, samples, findings = scan_parts(paths)
-    vectors = {}
-    for part in parts.values():
-        vectors |= list_vectors(part)
+    vectors = list(dict.fromkeys(name for part in parts.values() for name in list_vectors(part)))
     columns = ["path", "question_id", "problems", "image_sha256", *TEXTS, *vectors]
-    checked = pd.DataFrame(each(samples, check_sample, parts), columns=columns)
+    checked = pd.DataFrame(each(samples, check_sample, parts, strict=False), columns=columns)
     findings += find_gaps(paths)
-    findings += find_in_samples(checked, list(vectors))
+    findings += find_in_samples(checked, vectors)
     if csv_path:
         findings += find_unlike_csv(checked, csv_path)
     lines = []
@@ -365,8 +360,7 @@ def check_sample(group: h5py.Group, parts: dict[Path, dict]) -> dict:
 def find_problems(name: str, attributes: dict, vectors: dict[str, np.ndarray]) -> Iterator[str]:
     """What cannot be so in a sample that is complete."""
     logprobs, entropy = vectors.get(LOGPROBS), attributes.get(ENTROPY, 0)
-    num_end_tokens = 0 if attributes["answer_truncated"] else 1
-    num_tokens = attributes["num_answer_tokens"] + num_end_tokens
+    num_tokens = attributes["num_answer_tokens"] + (0 if attributes["answer_truncated"] else 1)
     crc = 0
     for member in sorted(vectors.keys() - {LINK}):
         crc = zlib.crc32(vectors[member].astype("<f4").tobytes(), crc)
@@ -389,8 +383,8 @@ def find_problems(name: str, attributes: dict, vectors: dict[str, np.ndarray]) -
 def find_gaps(directories: list[Path]) -> Iterator[Finding]:
     """Numbers of parts, from 1 on, that a directory has not."""
     for directory in filter(Path.is_dir, directories):
-        numbers = {path.stem.rpartition("_")[2] for path in find_parts(directory)}
-        present = set(map(int, filter(str.isdecimal, numbers)))
+        numbers = (path.stem.rpartition("_")[2] for path in find_parts(directory))
+        present = {int(number) for number in numbers if number.isdecimal()}
         for number in sorted(set(range(1, max(present, default=0))) - present):
             yield f"{directory}: part {number} is missing", []
 
@@ -400,15 +394,18 @@ def find_in_samples(checked: pd.DataFrame, vectors: list[str]) -> Iterator[Findi
     by_problem = checked.explode("problems").groupby(["path", "problems"], sort=False)
     for (path, problem), ids in by_problem["question_id"]:
         yield f"{path}: {problem}", list(ids)
-    for path, num_values in checked.groupby("path")[[*TEXTS, *vectors]].nunique().iterrows():
+    for path, inside in checked.groupby("path"):
+        num_values = inside[["image_id", "image_sha256", "question", *vectors]].nunique()
+        num_images = num_values["image_sha256"] or num_values["image_id"]  # schema 1 has no hash
         for vector in vectors:
-            inputs = ["image_id"] if "vision" in vector else ["image_id", "question"]
-            if num_values[vector] == 1 < num_values[inputs].max():
+            num_questions = 1 if "vision" in vector else num_values["question"]
+            if num_values[vector] == 1 < max(num_images, num_questions):
                 yield f"{path}: {vector} is the same in all samples", []
-    for image_id, group in checked.groupby("image_id", sort=False):
+    directory = checked["path"].map(lambda path: path.parent)  # each may have its own 0.png
+    for (_, image_id), group in checked.groupby([directory, "image_id"], sort=False):
         if group["image_sha256"].nunique() > 1:
-            ids = list(group["question_id"])
-            yield f"image_id {image_id!r}: its file changed between samples", ids
+            what = f"image_id {image_id!r}: its file changed between samples"
+            yield what, list(group["question_id"])
 
 
 def find_unlike_csv(checked: pd.DataFrame, csv_path: Path) -> Iterator[Finding]:
@@ -416,14 +413,12 @@ def find_unlike_csv(checked: pd.DataFrame, csv_path: Path) -> Iterator[Finding]:
     columns = [("image_id", "image_name"), ("question",), ("answer", "gt_answer")]
     rows = read_table(csv_path, *columns)
     rows.columns = ["image_id", "question", "ground_truth_answer"]
-    stored = checked.dropna(subset=TEXTS).set_index("question_id")
-    stored = stored[rows.columns].map(str)
+    stored = checked.dropna(subset=TEXTS).set_index("question_id")[rows.columns].map(str)
     rows, stored = rows.align(stored, axis=0)
     absent, alone = stored["question"].isna(), rows["question"].isna()
     findings = {}
     for column in rows:
-        differs = rows[column].ne(stored[column])
-        findings[f"{column} is another here"] = differs & ~absent & ~alone
+        findings[f"{column} is another here"] = (rows[column] != stored[column]) & ~absent & ~alone
     findings |= {"not in the parts": absent, "in the parts but not here": alone}
     for what, is_so in findings.items():
         if is_so.any():
@@ -432,28 +427,29 @@ def find_unlike_csv(checked: pd.DataFrame, csv_path: Path) -> Iterator[Finding]:
 
 # ─────────────────────────────────────── export and plot ───────────────────────────────────────
 def export(path: Path, samples: Samples, vectors: Vectors) -> Iterator[str]:
-    """Write the texts (.csv), or texts and matrices (.npz), all in one order; what it holds."""
+    """Write texts and matrices, all in one order; what the file holds."""
     texts = read_texts(samples)[["question_id", *TEXTS]]
-    arrays = {name: texts[name].to_numpy(str) for name in texts}
-    if path.suffix == ".csv":
-        texts.to_csv(path, index=False)
-    else:
-        arrays |= {name: read_matrix(samples, name, width) for name, width in vectors.items()}
-        np.savez(path, **arrays)
     yield f"{path}: {len(samples):,} samples"
-    for name, array in arrays.items():
-        yield f"{name:<38}{array.dtype} {list(array.shape)}"
+    # All texts as UTF-8 bytes: in an array of text each would be as wide as the longest.
+    packed = json.dumps(texts.to_dict("list"), ensure_ascii=False).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, width in {"texts": None, **vectors}.items():
+            array = np.frombuffer(packed, np.uint8)
+            if width:
+                array = read_matrix(samples, name, width)
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+            yield f"{name:<38}{array.dtype} {list(array.shape)}"
 
 
 def choose_marks(table: pd.DataFrame, field: str) -> list[tuple]:
     """Samples, and how they are drawn: numbers on a scale, or the ten most frequent texts."""
-    csv_path, _, column = field.rpartition(":")
-    if csv_path:
-        table = read_table(Path(csv_path), (column,)).reindex(table["question_id"])
-    values = table.get(column, pd.Series(dtype=str)).replace("", np.nan)
+    values = table.get(field, pd.Series(dtype=str)).replace("", np.nan)
+    if ":" in field:
+        values, _ = read_column(field, table["question_id"])
     numbers, counts = pd.to_numeric(values, errors="coerce"), values.value_counts()
     if counts.empty:
-        raise ValueError(f"--color-by {field}: no values in {csv_path or 'the samples'} for that")
+        raise ValueError(f"--color-by {field}: the samples have no values for that")
     if numbers.count() == values.count() and len(counts) > 2:
         return [(slice(None), {"c": numbers, "plotnonfinite": True})]  # hollow: no value
     marks = []
@@ -471,14 +467,12 @@ def new_figure(width: float, height: float) -> "matplotlib.figure.Figure":  # no
     import matplotlib.figure
 
     warnings.filterwarnings("ignore", "Glyph")  # the font has not every script
-    settings = {"font.size": 8, "axes.titlesize": 8, "text.parse_math": False}
-    matplotlib.rcParams.update(settings)
+    matplotlib.rcParams |= {"font.size": 8, "axes.titlesize": 8, "text.parse_math": False}
     return matplotlib.figure.Figure((width, height), layout="constrained")
 
 
 def plot(path: Path, samples: Samples, total: int, vectors: Vectors, field: str) -> list:
     """Plot these of `total` samples on two principal components, a panel for each data set."""
-    vectors, note = pick_layers(vectors)
     names = sorted(vectors, key=lambda name: name == VISION)  # it has no layers: last
     columns = len({layer_of(name) for name in names} - {None}) or 1
     rows = -(-len(names) // columns)
@@ -503,27 +497,142 @@ def plot(path: Path, samples: Samples, total: int, vectors: Vectors, field: str)
     else:
         figure.colorbar(axes.collections[0], ax=figure.axes, label=label, shrink=0.6)
     figure.savefig(path, dpi=150)
-    return [f"{path}: {len(names)} panels of {shown}{note}"]
+    return [f"{path}: {len(names)} panels of {shown}"]
+
+
+# ─────────────────────────────────────────── labels ────────────────────────────────────────────
+ANSWER_IS_WRONG = "answer_is_wrong"
+RULE = """\
+         wrong is an answer in which the ground truth does not stand as whole
+         words, both normalised as VQA accuracy does: case, punctuation,
+         articles, number words; numbers are compared as numbers. Where the
+         ground truth is yes or no (also spelt "n, o"), the first yes or no in
+         the answer counts; where it is one letter, the option that is named."""
+UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+UNITS = [*UNITS.split(), *"fifteen sixteen seventeen eighteen nineteen".split()]
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+NUMBERS = dict(zip(UNITS + TENS, map(str, [*range(20), *range(20, 100, 10)]))) | {"none": "0"}
+TWENTY_ONE = re.compile(rf"\b({'|'.join(TENS)})[ -]({'|'.join(UNITS[1:10])})\b")
+WORD = re.compile(  # a number, whose sign follows a space, or a word; "-" and "." end both
+    r"((?:(?<!\S)-)?(?:\d+(?:\.\d+)?|(?<![^\s-])\.\d+)(?![^\s.-]))|([^\s.-]+)"
+)
+ARTICLES = {"a", "an", "the"}
+BINARY = {"1": "yes", "0": "no", "y": "yes", "n": "no"}
+SPACELESS = re.compile(  # Thai to Burmese, Khmer, kana, Han: no space between words
+    "[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]"
+)
+OPTIONS = (  # where an answer names its option, the surest sign first
+    r"^\W*([A-Za-z])\W*$",  # it is all
+    r"^\W*([A-Za-z])[).:\]*]",  # a) a dog
+    r"(?i:answer|option|choice)(?:\s+(?i:is|option|choice))*[\s:*(\"']+([A-Z])\b(?!['’])",
+    r"\(([A-Za-z])\)",
+    r"(?<![\w'’.])([A-Z])\W*$",  # at the end
+    r"(?<![\w'’.])([B-HJ-Zb-hj-z])(?!['’.]?\w)",  # no article, and not I
+)
+
+
+def split_words(text: str) -> list[str]:
+    """Words as VQA accuracy compares them (Antol et al. 2015, vqaEval.py), numbers as numbers."""
+    text = re.sub("[⁰¹²³⁴-⁹]+", r" \g<0>", text)  # 10³ is not 103
+    text = re.sub(r"(?<=\d)[,\xa0\u2009\u202f](?=\d{3}(?!\d))", "", text)  # 1,000 is 1000
+    text = unicodedata.normalize("NFKC", text).casefold().replace("i\u0307", "i")
+    kept = []
+    for char in text:
+        category = unicodedata.category(char)
+        if category == "Pd" or char == "\N{MINUS SIGN}":
+            kept.append("-")
+        elif category[0] in "LMN" or char == ".":
+            kept.append(char)
+        elif category != "Cf" and char not in "'’":  # don't is dont
+            kept.append(" ")
+    text = re.sub(r"\b(?:minus|negative)\s+(?=\.?\d)", "-", "".join(kept))
+    text = TWENTY_ONE.sub(
+        lambda match: str(sum(int(NUMBERS[word]) for word in match.groups())), text
+    )
+    return [
+        format(Decimal(number).normalize() + 0, "f") if number else NUMBERS.get(word, word)
+        for number, word in WORD.findall(text)
+    ]
+
+
+def is_wrong(answer: str, truth: str) -> bool | None:
+    """The rule of `answer_is_wrong`; None where it cannot tell."""
+    if letter := re.fullmatch(r"\W*([A-Za-z])\W*", truth):
+        named = filter(None, (re.search(pattern, answer) for pattern in OPTIONS))
+        return next((match[1].upper() for match in named), None) != letter[1].upper()
+    said, meant = split_words(answer), split_words(truth)
+    if not ARTICLES.issuperset(meant):  # one that is the whole truth is no article
+        said, meant = ([word for word in one if word not in ARTICLES] for one in (said, meant))
+    if not meant or SPACELESS.search(truth):
+        return None
+    spelt = "".join(meant)  # AMBER's "n, o" was a word until something joined its letters
+    if spelt in ("yes", "no"):
+        return [word for word in said if word in ("yes", "no")][:1] != [spelt]
+    return f" {' '.join(meant)} " not in f" {' '.join(said)} "
+
+
+def split_truths(text: str) -> list[str]:
+    """The answers that a ground truth accepts: of `a; b` or `['a', 'b']` each, or itself."""
+    if re.fullmatch(r"\s*\[\s*(['\"]).*\1\s*\]\s*", text, re.DOTALL):
+        quoted = re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", text)
+        return [single or double for single, double in quoted]
+    return [part.strip() for part in text.split(";") if part.strip()]
+
+
+def label_answers(table: pd.DataFrame) -> tuple[pd.Series, list[str]]:
+    """1 (wrong), 0 or NaN (none) for each sample, and notes on the ground truths."""
+    answers, truths = table["answer"], table["ground_truth_answer"].map(split_truths)
+    if not answers.any():
+        raise ValueError(f"{ANSWER_IS_WRONG}: no answers are stored (--max-new-tokens 0)")
+    notes = []
+    if num := int((truths.map(len) > 1).sum()):
+        notes.append(f"{num:,} ground truths list several answers: any of them counts")
+    words = truths.map(lambda accepted: [" ".join(split_words(truth)) for truth in accepted])
+    kinds = set(itertools.chain.from_iterable(words))
+    begins = answers.map(lambda answer: split_words(answer)[:1] in (["yes"], ["no"]))
+    if kinds and (kinds <= {"0", "1"} or kinds <= {"y", "n"}) and begins.mean() > 0.5:
+        truths = words.map(lambda accepted: [BINARY[word] for word in accepted])
+        notes.append(f"ground truths are {' and '.join(sorted(kinds))}: read as yes and no")
+    if num := sum(any(map(SPACELESS.search, accepted)) for accepted in truths):
+        notes.append(f"{num:,} ground truths have no spaces between words: bring your own labels")
+    verdicts = (
+        {is_wrong(answer, truth) for truth in accepted} - {None}
+        for answer, accepted in zip(answers, truths, strict=True)
+    )
+    return pd.Series([min(of_one, default=np.nan) for of_one in verdicts], dtype=float), notes
+
+
+def read_labels(table: pd.DataFrame, label: str, above: float | None) -> tuple:
+    """1, 0 or NaN (none) for each sample, what 0 and 1 are called, notes. Raises ValueError."""
+    if label == ANSWER_IS_WRONG:
+        labels, notes = label_answers(table)
+        return labels, ["right", "wrong"], notes
+    texts, notes = read_column(label, table["question_id"])
+    numbers = pd.to_numeric(texts, errors="coerce")
+    if above is not None:
+        if len(wrong := texts[numbers.isna()].dropna()):
+            what = f"{len(wrong):,} values are no numbers, as {wrong.iloc[0]!r}"
+            raise ValueError(f"{label}: {what}; write 0.9, not 90% or 0,9, or nothing")
+        is_above = (numbers > above).astype(float).where(numbers.notna())
+        return is_above, [f"≤ {above:g}", f"> {above:g}"], notes
+    is_numeric = numbers.notna().equals(texts.notna())
+    values = sorted(texts.dropna().unique(), key=float if is_numeric else str)
+    if len(values) > 2:
+        what = f"{len(values):,} values instead of two, first {one_line(values[:5], 80)}"
+        raise ValueError(f"{label}: {what}; of numbers, --above X makes two")
+    return texts.map({value: float(value == values[-1]) for value in values}), values, notes
 
 
 # ──────────────────────────────────────────── probe ────────────────────────────────────────────
-NUM_FOLDS, MIN_FOLDS, SEED = 5, 3, 0
+NUM_FOLDS, MIN_FOLDS, NUM_SHUFFLES, SEED = 5, 3, 5, 0
 STRENGTHS = (0.03, 0.3, 3, 30)  # C times the mean squared length of a sample's features
-NUM_SHUFFLES = 5
 PROBES = {
     "linear": "logistic regression, standardised vectors; C chosen on the other folds",
     "mlp": "MLP 512-256-128, standardised vectors; stopped by a tenth of the other folds",
 }
 DASHES = ["-", "--", ":", "-.", "--", ":", "-."]  # of what has no layers
-NUMBERS = "none one two three four five six seven eight nine ten".split()
-DIGITS = {word: str(number) for number, word in enumerate(NUMBERS)} | {"zero": "0"}
-ANSWER_IS_WRONG = "answer_is_wrong"
-RULE = """\
-         wrong is an answer in which the ground truth does not stand as whole
-         words, both normalised as VQA accuracy does: case, punctuation,
-         articles, number words. Where the ground truth is yes or no (also spelt
-         "n, o"), the first yes or no in the answer counts; with neither an
-         answer is wrong."""
+HEADINGS = {"auroc": "AUROC", "auroc_train": "train", "auprc": "AUPRC", "precision": "prec."}
+HEADINGS |= {"recall": "rec.", "f1": "F1", "brier": "Brier", "ece": "ECE"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -533,84 +642,34 @@ class Task:
     labels: np.ndarray  # bool [num_samples]
     images: np.ndarray  # str [num_samples]
     folds: list[np.ndarray]  # the places of the samples in each, all about images of its own
+    categories: np.ndarray  # object [num_samples]: the category of --by, NaN for none
 
     def has_both_classes(self) -> bool:
         """Whether each fold has an AUROC."""
         return all(0 < self.labels[fold].mean() < 1 for fold in self.folds)
 
-
-def normalise(text: str) -> str:
-    """Words as VQA accuracy compares them (Antol et al. 2015, vqaEval.py), a space between."""
-    text = unicodedata.normalize("NFKC", text).lower()
-    text = re.sub(r"['’]|(?<=\d),(?=\d{3}\b)", "", text)  # don't is dont, and 1,000 is 1000
-    words = re.findall(r"\d+\.\d+|[^\W_]+", text)
-    return " ".join(DIGITS.get(word, word) for word in words if word not in ("a", "an", "the"))
-
-
-def is_wrong(answer: str, ground_truth: str) -> bool | None:
-    """The rule of `answer_is_wrong`; None where nothing is left of the ground truth."""
-    answer, truth = normalise(answer), normalise(ground_truth)
-    if not truth:
-        return None
-    spelt = truth.replace(" ", "")  # AMBER's "n, o" was a word until something joined its letters
-    if spelt in ("yes", "no"):
-        said = [word for word in answer.split() if word in ("yes", "no")]
-        return said[:1] != [spelt]
-    return f" {truth} " not in f" {answer} "
-
-
-def read_labels(table: pd.DataFrame, label: str, above: float | None) -> tuple[pd.Series, list]:
-    """1, 0 or NaN (none) for each sample, and what 0 and 1 are called. Raises ValueError."""
-    if label == ANSWER_IS_WRONG:
-        if not table["answer"].any():
-            raise ValueError(f"{label}: no answers are stored (--max-new-tokens 0)")
-        wrong = map(is_wrong, table["answer"], table["ground_truth_answer"])
-        return pd.Series(wrong, dtype=float), ["right", "wrong"]
-    csv_path, _, column = label.rpartition(":")
-    texts = read_table(Path(csv_path), (column,))[column].reindex(table["question_id"])
-    texts = texts.str.strip().replace("", np.nan).reset_index(drop=True)
-    if texts.isna().all():
-        raise ValueError(f"{label}: no sample has a value there; is question_id the same?")
-    numbers = pd.to_numeric(texts, errors="coerce")
-    if above is not None:
-        is_above = (numbers > above).astype(float).where(numbers.notna())
-        return is_above, [f"≤ {above:g}", f"> {above:g}"]
-    is_numeric = numbers.notna().equals(texts.notna())
-    values = sorted(texts.dropna().unique(), key=float if is_numeric else str)
-    if len(values) > 2:
-        named = ", ".join(repr(one_line(value, 20)) for value in values[:5])
-        what = f"a label has two values, not {len(values):,} ({named})"
-        raise ValueError(f"{label}: {what}; of numbers, --above X makes two")
-    return texts.map({value: float(value == values[-1]) for value in values}), values
+    def others(self, fold: np.ndarray) -> list[np.ndarray]:
+        """The folds on which what is tried on this one may be fitted."""
+        return [other for other in self.folds if other is not fold]
 
 
 def split_by_image(labels: np.ndarray, images: np.ndarray) -> list[np.ndarray]:
     """Five folds, or fewer; each with both classes, and none with an image of another's."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    num_images = [len(set(images[labels == value])) for value in (False, True)]
+    num_images = [len(set(images[labels == value])) for value in (False, True)]  # of each class
     for count in range(min(NUM_FOLDS, *num_images), MIN_FOLDS - 1, -1):
         splitter = StratifiedGroupKFold(count, shuffle=True, random_state=SEED)
         folds = [test for _, test in splitter.split(images, labels, images)]
-        if Task(labels, images, folds).has_both_classes():
+        if Task(labels, images, folds, images).has_both_classes():
             return folds
-    raise ValueError(
-        f"too few samples for a probe: {(~labels).sum():,} of one class, about {num_images[0]:,} "
-        f"images, and {labels.sum():,} of the other, about {num_images[1]:,}; each of "
-        f"{MIN_FOLDS} folds or more needs both, and images of its own"
-    )
-
-
-def describe_scores(aurocs: list[float]) -> dict:
-    """A cell of the table: AUROC in each fold, their mean and their standard deviation."""
-    return {"auroc": aurocs, "mean": float(np.mean(aurocs)), "sd": float(np.std(aurocs, ddof=1))}
+    counts = f"{(~labels).sum():,} and {labels.sum():,} samples of the classes"
+    counts += f", about {num_images[0]:,} and {num_images[1]:,} images"
+    raise ValueError(f"too few for a probe: {counts}; each of {MIN_FOLDS} folds needs both")
 
 
 def make_probe(inputs: np.ndarray, model: str, strengths: list[float], folds: list[np.ndarray]):
-    """A probe of vectors [num_samples, D] or of texts, to be fitted on these folds in their order.
-
-    Logistic regression is first fitted without one or the other of two, to choose the strength.
-    """
+    """A probe of vectors [num_samples, D] or of texts, to be fitted on these folds in order."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, PredefinedSplit
@@ -618,46 +677,81 @@ def make_probe(inputs: np.ndarray, model: str, strengths: list[float], folds: li
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    if inputs.ndim == 2:
-        features, squared_length = StandardScaler(), inputs.shape[1]
-    else:
-        features, squared_length = TfidfVectorizer(token_pattern=r"\w+|[^\w\s]"), 1
+    is_text = inputs.ndim == 1
+    features = TfidfVectorizer(token_pattern=r"\w+|[^\w\s]") if is_text else StandardScaler()
     if model == "mlp":
         probe = MLPClassifier((512, 256, 128), early_stopping=True, random_state=SEED)
-    else:
-        grid = {"C": [strength / squared_length for strength in strengths]}
+    elif len(strengths) == 1:
+        probe = LogisticRegression(C=strengths[0], max_iter=1000)
+    else:  # the one that does best where it is fitted without one or the other of two folds
         held_out = [0, 1] + [-1] * (len(folds) - 2)  # -1: never
         inner = PredefinedSplit(np.repeat(held_out, [len(fold) for fold in folds]))
         regression = LogisticRegression(max_iter=1000)
-        probe = GridSearchCV(regression, grid, scoring="roc_auc", cv=inner)
+        probe = GridSearchCV(regression, {"C": strengths}, scoring="roc_auc", cv=inner)
     return make_pipeline(features, probe)
 
 
+def fit_and_score(task: Task, inputs: np.ndarray, model: str, strengths: list, folds: list):
+    """Fit a probe on these folds: each sample's score, and the C that it chose."""
+    train = np.concatenate(folds)
+    probe = make_probe(inputs, model, strengths, folds).fit(inputs[train], task.labels[train])
+    chosen = getattr(probe[-1], "best_params_", {"C": strengths[0]})["C"]
+    if model == "mlp":
+        return probe.predict_proba(inputs)[:, 1], None
+    return probe.decision_function(inputs), chosen
+
+
 def try_probe(task: Task, inputs: np.ndarray, model="linear", strengths=STRENGTHS) -> dict:
-    """A cell of the table: AUROC in each fold of a probe fitted on the others, and its C."""
-    from sklearn.metrics import get_scorer
-
-    aurocs, chosen = [], []
-    for fold in task.folds:
-        others = [other for other in task.folds if other is not fold]
-        train = np.concatenate(others)
-        probe = make_probe(inputs, model, strengths, others)
-        probe.fit(inputs[train], task.labels[train])
-        aurocs.append(float(get_scorer("roc_auc")(probe, inputs[fold], task.labels[fold])))
-        chosen.append(getattr(probe[-1], "best_params_", {}).get("C"))
-    return describe_scores(aurocs) | {"C": chosen}
-
-
-def try_numbers(task: Task, values: np.ndarray) -> list[float]:
-    """AUROC in each fold of one number a sample, up or down as the other folds say."""
+    """A cell of the table, by fold: AUROC there and where its probe was fitted, C, all scores."""
     from sklearn.metrics import roc_auc_score
 
-    aurocs = []
+    cell = {"auroc": [], "auroc_train": [], "C": [], "scores": []}
+    strengths = [strength / inputs[:1].size for strength in strengths]  # by features; a text is one
     for fold in task.folds:
-        train = np.setdiff1d(np.arange(len(values)), fold)
-        sign = 1 if roc_auc_score(task.labels[train], values[train]) >= 0.5 else -1
-        aurocs.append(float(roc_auc_score(task.labels[fold], sign * values[fold])))
-    return aurocs
+        others = task.others(fold)
+        scores, chosen = fit_and_score(task, inputs, model, strengths, others)
+        for name, places in (("auroc", fold), ("auroc_train", np.concatenate(others))):
+            cell[name].append(float(roc_auc_score(task.labels[places], scores[places])))
+        cell["C"].append(chosen)
+        cell["scores"].append(scores)
+    return cell | {"mean": np.mean(cell["auroc"]), "sd": np.std(cell["auroc"], ddof=1)}
+
+
+def measure(task: Task, inputs: np.ndarray, model: str, cell: dict) -> dict:
+    """What a paper prints of a cell, in each fold; by category AUROC, mean of the folds.
+
+    The threshold with the best F1, and Platt's scaling, are fitted on the other folds, on scores of
+    probes that did not know the sample's own fold: those of known samples are too good for that.
+    """
+    from sklearn import metrics
+    from sklearn.linear_model import LogisticRegression
+
+    rows, by_category = [], {}
+    for fold, scores, strength in zip(task.folds, cell["scores"], cell["C"], strict=True):
+        train, known = np.concatenate(task.others(fold)), np.empty(len(scores))
+        for other in task.others(fold):
+            folds = [third for third in task.others(fold) if third is not other]
+            known[other] = fit_and_score(task, inputs, model, [strength], folds)[0][other]
+        labels, held_out = task.labels[fold], (task.labels[train], known[train])
+        precision, recall, thresholds = metrics.precision_recall_curve(*held_out)
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        is_told = scores[fold] >= thresholds[np.argmax(f1[:-1])]
+        told = metrics.precision_recall_fscore_support(labels, is_told, average="binary")
+        platt = LogisticRegression(C=np.inf).fit(known[train, None], task.labels[train])
+        probabilities = platt.predict_proba(scores[fold, None])[:, 1]
+        # Expected calibration error in ten bins of equal width (Guo et al. 2017).
+        bins = np.minimum((10 * probabilities).astype(int), 9)
+        error = np.abs(np.bincount(bins, labels - probabilities)).sum() / len(labels)
+        brier = metrics.brier_score_loss(labels, probabilities)
+        auprc = metrics.average_precision_score(labels, scores[fold])
+        rows.append([auprc, *told[:3], brier, error])
+        for category, places in pd.Series(fold).groupby(task.categories[fold]):
+            aurocs = by_category.setdefault(category, [])
+            if len(set(task.labels[places])) == 2:
+                aurocs.append(metrics.roc_auc_score(task.labels[places], scores[places]))
+    by_category = {name: np.mean(found) if found else None for name, found in by_category.items()}
+    columns = np.array(rows, float).T.tolist()
+    return dict(zip([*HEADINGS][2:], columns, strict=True)) | {"by": by_category}
 
 
 def try_baselines(task: Task, table: pd.DataFrame) -> dict[str, dict | None]:
@@ -670,12 +764,15 @@ def try_baselines(task: Task, table: pd.DataFrame) -> dict[str, dict | None]:
         "least answer log-probability": logprobs.map(np.min),
         "answer length in tokens": lengths if lengths.any() else [],
     }
-    cells = {"question text alone": try_probe(task, table["question"].to_numpy(str))}
-    for name, values in numbers.items():
-        values = np.asarray(values, float)
-        if not np.isfinite(values).all():
+    inputs = {"question text alone": table["question"].to_numpy(str)}
+    inputs |= {name: np.asarray(values, float)[:, None] for name, values in numbers.items()}
+    cells = dict.fromkeys(inputs)
+    for name, values in inputs.items():
+        if values.ndim == 2 and not np.isfinite(values).all():
             raise ValueError(f"{name}: not finite or not in all samples; see --verify")
-        cells[name] = describe_scores(try_numbers(task, values)) if len(values) else None
+        if len(values):  # of one number any strength gives the same order
+            cell = try_probe(task, values, strengths=STRENGTHS if values.ndim == 1 else [1])
+            cells[name] = cell | measure(task, values, "linear", cell)
     return cells
 
 
@@ -688,59 +785,69 @@ def shuffle_labels(task: Task, rng: np.random.Generator) -> np.ndarray:
     return shuffled
 
 
-def try_shuffled(task: Task, inputs: np.ndarray, model: str, strengths: list) -> dict | None:
+def try_shuffled(task: Task, inputs: np.ndarray, model: str, strength: float) -> dict | None:
     """A cell with labels that tell nothing, five times; None where no fold keeps both classes."""
     rng = np.random.default_rng(SEED)
     dealt = (shuffle_labels(task, rng) for _ in range(100 * NUM_SHUFFLES))
     tasks = (dataclasses.replace(task, labels=labels) for labels in dealt)
     aurocs = []
     for shuffled in itertools.islice(filter(Task.has_both_classes, tasks), NUM_SHUFFLES):
-        aurocs += try_probe(shuffled, inputs, model, strengths)["auroc"]
-    return describe_scores(aurocs) if aurocs else None
+        aurocs += try_probe(shuffled, inputs, model, [strength])["auroc"]
+    if not aurocs:
+        return None
+    return {"auroc": aurocs, "mean": np.mean(aurocs), "sd": np.std(aurocs, ddof=1)}
 
 
 def try_vectors(task: Task, samples: Samples, vectors: Vectors, model: str) -> tuple:
-    """A cell for each data set, every matrix read once; and the best one's with shuffled labels."""
-    from tqdm import tqdm
-
-    cells, best = {}, None
+    """A cell for each data set, best ones measured; and the best one's with shuffled labels."""
+    cells, best, shuffled = {}, {}, None
     for name, width in tqdm(vectors.items(), unit="cell", disable=None):
         matrix = read_matrix(samples, name, width)
         if not np.isfinite(matrix).all():
             raise ValueError(f"{name}: not finite; see --verify")
-        cells[name] = try_probe(task, matrix, model)
-        if best is None or cells[name]["mean"] > cells[best]["mean"]:
-            best, best_matrix = name, matrix
-    usual = np.median(cells[best]["C"]) * best_matrix.shape[1] if model == "linear" else None
-    shuffled = try_shuffled(task, best_matrix, model, [usual])
-    return cells, shuffled and {"of": best} | shuffled
+        cells[name], kind = try_probe(task, matrix, model), name.partition("/")[0]
+        best[kind] = max(best.get(kind, name), name, key=lambda name: cells[name]["mean"])
+    first = max(best.values(), key=lambda name: cells[name]["mean"])
+    for name in tqdm(best.values(), unit="best cell", disable=None):
+        matrix, cell = read_matrix(samples, name, vectors[name]), cells[name]
+        cell |= measure(task, matrix, model, cell)
+        if name == first:
+            usual = np.median(cell["C"]) * matrix.shape[1] if model == "linear" else 0
+            shuffled = try_shuffled(task, matrix, model, usual)
+    return cells, shuffled and {"of": first} | shuffled
 
 
-def probe(samples: Samples, vectors: Vectors, label: str, above: float | None, model: str) -> dict:
-    """How well each vector tells the label, in folds by image: what the table is made of."""
+def probe(samples: Samples, vectors: Vectors, label: tuple, by: str | None, model: str) -> dict:
+    """How well each vector tells the label (LABEL, --above), in folds by image: all facts."""
     from threadpoolctl import threadpool_limits  # which scikit-learn brings
 
-    table = read_texts(samples)
-    labels, classes = read_labels(table, label, above)
+    table, (name, above) = read_texts(samples), label
+    labels, classes, notes = read_labels(table, name, above)
     has_label = labels.notna().to_numpy()
     labels, table = labels[has_label], table[has_label].reset_index(drop=True)
-    images = table["image_id"]
-    if "image_sha256" in table:  # a file may be stored under several names
-        images = table.groupby("image_sha256")["image_id"].transform("first")
-    is_true, images = labels.to_numpy(bool), images.to_numpy(str)
-    task = Task(is_true, images, split_by_image(is_true, images))
+    if num_cut := int(table["answer_truncated"].sum()):
+        notes.append(f"{num_cut:,} answers were cut at --max-new-tokens")
+    nothing = (pd.Series(np.nan, table.index), [])
+    categories, more = read_column(by, table["question_id"]) if by else nothing
+    # A file may be stored under several names, and two directories may have one name.
+    images = table.get("image_sha256", table["image_id"]).to_numpy(str)
+    is_true, categories = labels.to_numpy(bool), categories.to_numpy(object)
+    task = Task(is_true, images, split_by_image(is_true, images), categories)
     # Logistic regression waits for memory, and more threads of BLAS would wait for each other.
     with warnings.catch_warnings(), threadpool_limits(1 if model == "linear" else None):
         warnings.simplefilter("ignore")  # of fits that have not converged
         baselines = try_baselines(task, table)
         labelled = list(itertools.compress(samples, has_label))
         cells, shuffled = try_vectors(task, labelled, vectors, model)
+    for cell in filter(None, [*cells.values(), *baselines.values()]):
+        del cell["scores"]
+    counts = pd.Series(is_true).groupby(categories).agg(["size", "sum"])
     return {
-        "label": label if above is None else f"{label} above {above:g}",
-        "rule": RULE if label == ANSWER_IS_WRONG else None,
+        "label": name if above is None else f"{name} above {above:g}",
+        "rule": RULE if name == ANSWER_IS_WRONG else None,
+        "notes": notes + more,
         "classes": {name: int((labels == value).sum()) for value, name in enumerate(classes)},
         "num_without_label": int((~has_label).sum()),
-        "num_truncated": int(table["answer_truncated"].sum()),
         "num_images": len(set(task.images)),
         "probe": PROBES[model],
         "folds": [{"question_id": list(table["question_id"][fold])} for fold in task.folds],
@@ -748,6 +855,7 @@ def probe(samples: Samples, vectors: Vectors, label: str, above: float | None, m
         "baselines": baselines,
         "shuffled": shuffled,
         "leaks": bool(shuffled and abs(shuffled["mean"] - 0.5) > 2 * shuffled["sd"]),
+        "by": {category: counts.loc[category].tolist() for category in counts.index},
     }
 
 
@@ -763,15 +871,32 @@ def show_cell(cell: dict | None) -> str:
 
 
 def show_layers(cells: dict[str, dict]) -> str:
-    """A row for each representation and a column for each layer; of many, it lies on its side."""
+    """A row for each layer and a column for each representation."""
     table = pd.DataFrame(dtype=object)
     for name, cell in cells.items():
         kind, _, layer = name.partition("_representation/layer_")
         if layer:
-            table.loc[kind, int(layer)] = show_cell(cell)
-    if len(table.columns) > 5:
-        table = table.T
-    return table.rename_axis(columns="layer").to_string() if len(table) else ""
+            table.loc[int(layer), kind] = show_cell(cell)
+    return table.rename_axis("layer").reset_index().to_string(index=False) if len(table) else ""
+
+
+def show_measures(facts: dict) -> Iterator[str]:
+    """What papers print of each representation's best cell and of each baseline; by category."""
+    (_, num_negative), (positive, num_positive) = facts["classes"].items()
+    share = f"{num_positive / (num_negative + num_positive):.2f}"
+    cells = {name: cell for name, cell in facts["cells"].items() if "f1" in cell}
+    cells = {re.sub("_representation(/layer_)?", " ", name): cells[name] for name in cells}
+    every = cells | {name: cell for name, cell in facts["baselines"].items() if cell}
+    table = {name: [np.mean(cell[key]) for key in HEADINGS] for name, cell in every.items()}
+    yield f"\nbest cells, means of the folds; AUPRC by chance {share}, the share of {positive!r}"
+    table = pd.DataFrame(table, index=HEADINGS.values()).T
+    yield table.to_string(float_format="{:.2f}".format)
+    if facts["by"]:
+        table = pd.DataFrame(facts["by"], index=["samples", repr(positive)]).T
+        for name, cell in cells.items():
+            aurocs = (cell["by"][category] for category in table.index)
+            table[name] = ["-" if auroc is None else f"{auroc:.2f}" for auroc in aurocs]
+        yield f"\nAUROC by category\n{table.rename(one_line).to_string()}"
 
 
 def show_probe(facts: dict) -> Iterator[str]:
@@ -781,17 +906,16 @@ def show_probe(facts: dict) -> Iterator[str]:
         yield facts["rule"]
     classes = (f"{count:,} × {one_line(name, 24)}" for name, count in facts["classes"].items())
     yield f"samples  {', '.join(classes)}; {facts['num_without_label']:,} without a label"
-    if facts["rule"] and facts["num_truncated"]:
-        yield f"         of the answers {facts['num_truncated']:,} were cut at --max-new-tokens"
-    count = len(facts["folds"])
-    few = f", as there are too few images for {NUM_FOLDS}" if count < NUM_FOLDS else ""
-    yield f"folds    {count}{few}; each of the {facts['num_images']:,} images in one only"
+    for note in facts["notes"]:
+        yield f"note     {note}"
+    yield f"folds    {len(facts['folds'])}; each of the {facts['num_images']:,} images in one only"
     yield f"probe    {facts['probe']}"
     yield "\nAUROC, mean±standard deviation of the folds"
     yield show_layers(facts["cells"])
     yield ""
     for name, cell in list_levels(facts).items():
         yield f"{name:<30}{show_cell(cell)}"
+    yield from show_measures(facts)
     if facts["leaks"]:
         yield "\nEven shuffled labels are told: something leaks into the folds; trust no cell."
 
@@ -802,13 +926,10 @@ def plot_probe(path: Path, facts: dict) -> None:
     title = one_line(Path(facts["label"]).name, 80)
     axes = figure.add_subplot(xlabel="layer", ylabel="AUROC", title=title)
     for kind, color, marker in zip(KINDS, COLORS, "os^"):
-        cells = {n: cell for n, cell in facts["cells"].items() if n.startswith(kind)}
-        if cells:
-            layers = [layer_of(name) for name in cells]
-            means = [cell["mean"] for cell in cells.values()]
-            spreads = [cell["sd"] for cell in cells.values()]
-            style = {"c": color, "marker": marker, "ms": 4, "capsize": 2}
-            axes.errorbar(layers, means, spreads, label=kind, **style)
+        of_kind = {name: cell for name, cell in facts["cells"].items() if name.startswith(kind)}
+        points = [(layer_of(name), cell["mean"], cell["sd"]) for name, cell in of_kind.items()]
+        if points:
+            axes.errorbar(*zip(*points), None, f"{marker}-", c=color, ms=4, label=kind)
     for (name, cell), color, dashes in zip(list_levels(facts).items(), COLORS[3:], DASHES):
         if cell:
             label = f"{name}  {show_cell(cell)}"
@@ -824,7 +945,7 @@ MODE_FLAGS = {  # which flags go with what is to be done
     "verify": {"vqa_dataset"},
     "export": {"representation", "layer"},
     "plot": {"representation", "layer", "color_by"},
-    "probe": {"representation", "layer", "above", "probe_model", "json", "plot"},
+    "probe": {"representation", "layer", "above", "by", "probe_model", "json", "plot"},
 }
 
 
@@ -836,7 +957,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[str, argparse.Namespace]:
     add("paths", nargs="+", type=Path, metavar="PATH", help="part file, or directory of them")
     add("--question-id", action="append", metavar="ID", help="view this sample whole; repeatable")
     add("--verify", action="store_true", help="look for all that can be wrong")
-    add("--export", type=Path, metavar="FILE", help=".npz, or .csv for the texts alone")
+    add("--export", type=Path, metavar="FILE", help=".npz")
     add("--plot", type=Path, metavar="FILE", help=".png, .pdf or .svg")
     add("--probe", metavar="LABEL", help=f"AUROC of CSV:COLUMN, or of {ANSWER_IS_WRONG}")
     add("--max-samples", type=int, default=3, metavar="N", help="view: samples to show (3)")
@@ -847,6 +968,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[str, argparse.Namespace]:
     add("--layer", type=int, metavar="I", help="view, export, plot, probe: only this")
     add("--color-by", metavar="WHAT", help="plot: ground_truth_answer, ... or CSV:COLUMN")
     add("--above", type=float, metavar="X", help="probe: the column's numbers above X are a class")
+    add("--by", metavar="CSV:COLUMN", help="probe: the best cells' AUROC by category, too")
     add("--probe-model", choices=PROBES, default="linear", help="probe: linear, or HALP's mlp")
     args = parser.parse_args(argv)
 
@@ -854,7 +976,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[str, argparse.Namespace]:
     mode = next((name for name in ("verify", "export", "probe", "plot") if name in given), "view")
     for name in sorted(given - MODE_FLAGS[mode] - {mode, "paths"}):
         parser.error(f"--{name.replace('_', '-')} does not go with {mode}")
-    for path, suffixes in ((args.export, ".npz .csv"), (args.plot, ".png .pdf .svg")):
+    for path, suffixes in ((args.export, ".npz"), (args.plot, ".png .pdf .svg")):
         if path and path.suffix not in suffixes.split():
             parser.error(f"{path}: the name must end in one of {suffixes}")
     if args.probe and args.probe != ANSWER_IS_WRONG and ":" not in args.probe:
@@ -870,7 +992,6 @@ def find_samples(samples: Samples, question_ids: list[str]) -> Samples:
     for question_id in question_ids:
         if question_id not in by_id:
             near = difflib.get_close_matches(question_id, by_id, cutoff=0)
-            near = ", ".join(map(repr, near))
             raise ValueError(f"no question_id {question_id!r}; near it: {near}")
     return [by_id[question_id] for question_id in dict.fromkeys(question_ids)]
 
@@ -884,7 +1005,7 @@ def run(mode: str, args: argparse.Namespace) -> tuple[int, Iterable[str]]:
     if mode == "export":
         return 0, export(args.export, samples, vectors)
     if mode == "probe":
-        facts = probe(samples, vectors, args.probe, args.above, args.probe_model)
+        facts = probe(samples, vectors, (args.probe, args.above), args.by, args.probe_model)
         if args.plot:
             plot_probe(args.plot, facts)
         return 0, [json.dumps(facts, indent=1)] if args.json else show_probe(facts)
@@ -895,12 +1016,11 @@ def run(mode: str, args: argparse.Namespace) -> tuple[int, Iterable[str]]:
     shown = samples[: max(args.max_samples, 0)]
     if args.question_id:
         drawn = shown = find_samples(samples, args.question_id)
-    picked, note = (vectors, "") if args.json else pick_layers(vectors)
-    facts = describe(parts, samples, drawn, picked)
+    facts = describe(parts, samples, drawn, vectors)
     facts["samples"] = json.loads(read_texts(shown).to_json(orient="records"))  # NaN is null
     if args.json:
         return 0, [json.dumps(facts, allow_nan=False, indent=1, default=str)]
-    return 0, show(facts, note, sys.maxsize if args.question_id else 58)
+    return 0, show(facts, sys.maxsize if args.question_id else 58)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -916,14 +1036,14 @@ def main(argv: list[str] | None = None) -> int:
         message = f"{error}: pip install {package}"
     except (MemoryError, OSError, ValueError) as error:
         message = str(error)
+    except KeyboardInterrupt:
+        return 130
     print(one_line(message), file=sys.stderr)
     return 1
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it as it ends any other tool
     status = main()
-    try:
-        sys.stdout.flush()
-    except OSError:
-        sys.stdout = None  # Python would try once more, and say so in its own way
-    raise SystemExit(status)
+    sys.stderr.flush()
+    os._exit(status)  # Python would try once more to write what could not be written

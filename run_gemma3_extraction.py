@@ -45,6 +45,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import platform
 import re
@@ -96,20 +97,18 @@ LAYER_KINDS = (
     "multimodal_representation",
 )
 # What every stored vector depends on: no run goes on in a directory where these were others.
-IDENTITY = (
-    *("schema_version", "model_revision", "dtype", "layers", "max_new_tokens", "prompt"),
-    "checkpoint_interval",
-)
+IDENTITY = ("schema_version", "model_revision", "dtype", "layers", "max_new_tokens", "prompt")
+IDENTITY = (*IDENTITY, "checkpoint_interval")
 FILTERS = {"gzip": (h5py.h5z.FILTER_DEFLATE, 0, (1,)), "lzf": (h5py.h5z.FILTER_LZF, 1)}
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 RANK, NUM_RANKS = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
-MAX_FAILED_IMAGES = 25  # the first that the model sees: then something is wrong with all of them
+MAX_FAILED_IMAGES = 25  # if so many fail before any succeeds, something is wrong with all
 SAMPLED_BYTES = 2**16  # at a time, of a local model's weights
 SAMPLE_OVERHEAD, VECTOR_OVERHEAD = 6000, 350  # bytes of a file beside the vectors themselves
 NUM_TEST_ROWS = 3
 TEST_BOUNDS = {"float32": 1e-4, "bfloat16": 0.1}  # relative L2 error to a plain forward pass
 
-CPU_BATCH_SIZE = 32  # not measured thoroughly; no result depends on it
+CPU_BATCH_SIZE = 64  # no result depends on it
 MAX_BATCH_SIZE = 256
 MAX_PASS_TOKENS = 8192  # of a prefill pass
 PASS_COST, CPU_PASS_COST = 512, 48  # tokens whose arithmetic takes as long as an empty pass
@@ -189,7 +188,7 @@ def read_rows(csv_path: Path) -> list[Row]:
             reader = csv.DictReader(file, strict=True)
             columns = find_columns(list(reader.fieldnames or ()))
             for line in reader:
-                if None in line or None in line.values():  # how csv tells of commas
+                if None in line or None in line.values():  # a key for too many, values for few
                     than = "more" if None in line else "fewer"
                     raise ValueError(f"{than} fields than the header; check its commas")
                 row = Row(**{name: line[column] for name, column in columns.items()})
@@ -269,8 +268,8 @@ def open_image(images_dir: Path, image_id: str) -> tuple[Image.Image, str]:
             upright = ImageOps.exif_transpose(image).convert("RGB")
         return upright, hashlib.sha256(content).hexdigest()
     except Exception as error:  # Pillow's decoders let anything through: struct.error, TypeError …
-        is_none = isinstance(error, Image.UnidentifiedImageError)
-        reason = f"it begins with {content[:16]!r}" if is_none else str(error)
+        is_no_image = isinstance(error, Image.UnidentifiedImageError)
+        reason = f"it begins with {content[:16]!r}" if is_no_image else str(error)
         raise RowError(f"{path} cannot be read as an image: {reason}") from error
 
 
@@ -368,9 +367,8 @@ def check_device(name: str) -> torch.device:
         raise ExtractionError(f"--device {name}: {reason} | without a GPU: --device cpu") from error
 
 
-def choose_layers(asked: tuple[int, ...] | str | None, num_layers: int) -> list[int]:
-    """The layers asked for, negatives from the end, or HALP's: first, quarters and last."""
-    n = num_layers
+def choose_layers(asked: tuple[int, ...] | str | None, n: int) -> list[int]:
+    """Of n layers those asked for, negatives from the end, or HALP's: first, quarters, last."""
     if asked == "all":
         return list(range(n))
     chosen = asked or (0, n // 4, n // 2, 3 * n // 4, n - 1)
@@ -442,8 +440,8 @@ def choose_batch_size(options: Options, config, num_slots: int, device: torch.de
 def fit_batch_size(free: int, config, itemsize: int, num_slots: int) -> int:
     """How many lanes of `num_slots` tokens fit into `free` bytes beside what a pass needs."""
     text = config.text_config
-    slot = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * itemsize
-    fitting = (0.95 * free - pass_memory(config, itemsize)) / (slot * num_slots)
+    slot_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * itemsize
+    fitting = (0.95 * free - pass_memory(config, itemsize)) / (slot_bytes * num_slots)
     return max(1, min(MAX_BATCH_SIZE, int(fitting)))
 
 
@@ -454,8 +452,8 @@ def pass_memory(config, itemsize: int) -> int:
     decoder = MAX_PASS_TOKENS * (3 * text.intermediate_size + 8 * text.hidden_size) * itemsize
     logits = MAX_BATCH_SIZE * text.vocab_size * (itemsize + 12)
     tower = num_patches * (2 * vision.intermediate_size + 6 * vision.hidden_size) * itemsize
-    slot = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * itemsize
-    cache = MAX_PASS_IMAGES * (config.mm_tokens_per_image + 6) * slot
+    slot_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * itemsize
+    cache = MAX_PASS_IMAGES * (config.mm_tokens_per_image + 6) * slot_bytes
     return decoder + logits + tower + cache
 
 
@@ -545,9 +543,10 @@ def read_ahead(
 
     A `Failure` of a row that cannot be read goes to `fail`. Few images are in memory at a time.
     """
+    image_of = operator.attrgetter("image_id")
     with ThreadPoolExecutor(options.num_workers) as pool:
-        by_image = itertools.chain.from_iterable(map(group_by_image, parts))
-        jobs = (pool.submit(read_picture, options, prompter, about) for about in by_image)
+        by_image = (group for rows in parts for _, group in itertools.groupby(rows, image_of))
+        jobs = (pool.submit(read_picture, options, prompter, list(about)) for about in by_image)
         pending = deque(itertools.islice(jobs, 2 * options.num_workers + 1))
         try:
             while pending:
@@ -570,7 +569,7 @@ def capture(model: nn.Module, layers: list[int], kept_pos: Tensor, lengths: Tens
     layer the token at index `kept_pos` [n] of each row, [n, D]; by layer the sum over a row's first
     `lengths` [n] tokens, [n, D]: what stands behind them is padding.
     """
-    patches, kept, sums, handles = {}, {}, {}, []
+    patches, kept, sums, handles = {}, {}, {}, []  # dicts, as `to_numpy` takes them
 
     def see_tower(module, args, output) -> None:
         patches[0] = output.last_hidden_state.mean(dim=1, dtype=torch.float32)
@@ -745,7 +744,7 @@ class Extractor:
         """
         while True:
             num_free = self.batch_size - self.num_live()
-            if not self.num_live() or 4 * num_free >= self.batch_size:  # small passes are dear
+            if not self.num_live() or 4 * num_free >= self.batch_size:  # few, but large passes
                 num_entered = yield from self._admit(pictures)
                 if not self.num_live() and not num_entered:
                     return
@@ -769,11 +768,10 @@ class Extractor:
                 yield []
             if not self._seat_waiting():
                 break
-        num_entered = len(self._live) - num_before
-        if num_entered:
-            for lanes in self._split_passes(range(num_before, len(self._live))):
-                yield self._prefill(lanes)
-        return num_entered
+        entered = list(range(num_before, len(self._live)))
+        for lanes in self._split_passes(entered) if entered else ():
+            yield self._prefill(lanes)
+        return len(entered)
 
     def _close_gaps(self) -> None:
         """The last live lanes move into those whose answers have ended."""
@@ -814,20 +812,18 @@ class Extractor:
         too wide for that waits until enough lanes are free, and enters alone if need be.
         """
         start, images = len(self._live), []
-        width = lane_width(self.prompter, self.max_new_tokens)
-        num_lanes, num_slots = 0, self.batch_size * width
+        budget = self.batch_size * lane_width(self.prompter, self.max_new_tokens)  # slots
         while self._waiting:
             live, image = self._waiting[0]
             wider = lane_width(self.prompter, self.max_new_tokens, [live, *self._live])
-            fitting = max(1, num_slots // wider)
-            if len(self._live) >= fitting:
+            if len(self._live) >= max(1, budget // wider):
                 break
-            width, num_lanes = wider, fitting
+            width = wider
             self._live.append(live)
             images.append(image)
             self._waiting.popleft()
         if images:
-            self._lanes.resize((num_lanes, width), start, self._cache)
+            self._lanes.resize((max(1, budget // width), width), start, self._cache)
             self._lanes.seat(start, self._cache, images)
         if not self._waiting:
             self._cache = None
@@ -837,8 +833,10 @@ class Extractor:
         """Lanes whose questions run together: those of few tokens apart from those of many, where
         that saves more padding than a pass costs.
         """
-        by_length = sorted(lanes, key=self._num_own_tokens)
-        lengths = [self._num_own_tokens(lane) for lane in by_length]
+        num_prefix = len(self.prompter.prefix)
+        num_own = {i: len(self._live[i].question.input_ids) - num_prefix for i in lanes}
+        by_length = sorted(lanes, key=num_own.get)
+        lengths = [num_own[lane] for lane in by_length]
         saved = [i * (lengths[-1] - length) for i, length in enumerate(lengths, start=1)]
         if max(saved) > self.pass_cost:
             cut = saved.index(max(saved)) + 1
@@ -849,9 +847,6 @@ class Extractor:
             return
         yield from self._split_passes(by_length[:cut])
         yield from self._split_passes(by_length[cut:])
-
-    def _num_own_tokens(self, lane: int) -> int:
-        return len(self._live[lane].question.input_ids) - len(self.prompter.prefix)
 
     def _prefill(self, lanes: list[int]) -> list[Sample | Failure]:
         """Run the own tokens of the questions in these lanes: their states and first tokens."""
@@ -974,10 +969,9 @@ def put_in_place(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    finally:
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
+            partial.unlink()  # where it was not put in place
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -990,7 +984,7 @@ def put_in_place(path: Path, content: bytes | memoryview) -> None:
 
 @contextlib.contextmanager
 def open_part(path: Path) -> Iterator[h5py.File]:
-    """A finished part, to read. Raises ExtractionError: it cannot be read."""
+    """A finished part, to read. Raises ExtractionError: it cannot be read, or the body fails."""
     try:
         with h5py.File(path, "r", locking=False) as part:
             yield part
@@ -1162,8 +1156,7 @@ class OutputLock:
     """POSIX record locks on `{output_dir}/.lock`, which the kernel drops with their process.
 
     Byte 0 is the directory: one process's while it checks it, then shared by all at work. Byte k
-    is part k: whoever holds it writes that part, and keeps it to its end, so that nobody at work
-    tries its failed rows again.
+    is part k: whoever holds it writes that part, and keeps it until the process ends.
     """
 
     FAILURES = 1 << 40  # the byte of `failed_samples.csv`, which is everybody's
@@ -1198,7 +1191,7 @@ class OutputLock:
     def enter(self, settings: dict) -> bool:
         """Enter the directory. True for who is alone there: it is to check all, and `share`."""
         while not self._lock(self.ALONE, 0):
-            if self._lock(self.SHARED, 0):
+            if self._lock(self.SHARED, 0) and not self._lock(self.ALONE, 0):  # others are there
                 there = json.loads((self.output_dir / "settings.json").read_bytes())
                 if differences := tell_differences(there, settings):
                     raise ExtractionError(
@@ -1241,15 +1234,15 @@ def catch_signals() -> Iterator[list[int]]:
     ignored, are wishes to stop: the list holds their exit statuses. Ctrl-C once more is the end.
     """
     asked: list[int] = []
-    last_time = math.inf
+    first_time = math.inf
 
     def receive(signum: int, frame) -> None:
-        nonlocal last_time
+        nonlocal first_time
         # A launcher passes on the Ctrl-C that the terminal has sent already: not a second one.
-        if signum == signal.SIGINT and time.monotonic() - last_time > 1:
+        if signum == signal.SIGINT and time.monotonic() - first_time > 1:
             os._exit(130)
         asked.append(130 if signum == signal.SIGINT else 143)
-        last_time = min(last_time, time.monotonic())
+        first_time = min(first_time, time.monotonic())
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     caught = [signum for signum in signals if signal.getsignal(signum) != signal.SIG_IGN]
@@ -1286,7 +1279,7 @@ class Recorder:
         self._waiting.update((row.question_id, (number, row)) for row in rows)
 
     def waiting(self) -> list[Row]:
-        """The rows that are expected and have no outcome yet, in the order of the plan."""
+        """The rows that are expected and have no outcome yet, in the order they were claimed."""
         return [row for _, row in self._waiting.values()]
 
     def record(self, outcome: Sample | Failure) -> None:
@@ -1379,15 +1372,14 @@ def open_output(
     to_do = unstored.intersection(row.question_id for row in wanted)
     if is_alone:
         ours = [path for path in output_dir.iterdir() if OUR_FILES.fullmatch(path.name)]
-        going = [path for path in ours if options.overwrite or path.suffix == ".partial"]
-        free = shutil.disk_usage(output_dir).free + sum(path.stat().st_size for path in going)
+        doomed = [path for path in ours if options.overwrite or path.suffix == ".partial"]
+        free = shutil.disk_usage(output_dir).free + sum(path.stat().st_size for path in doomed)
         if len(to_do) * sample_size > free:
             raise ExtractionError(
                 f"{output_dir} has {free / 1e6:.1f} MB free; the run needs "
-                f"{len(to_do) * sample_size / 1e6:.1f} MB | make room, choose another "
-                "--output-dir, or --compression gzip"
+                f"{len(to_do) * sample_size / 1e6:.1f} MB | make room, or give another --output-dir"
             )
-        for path in going:
+        for path in doomed:
             path.unlink()
         with lock.failures():
             update_failures(output_dir, unstored.__contains__)
@@ -1436,7 +1428,7 @@ def work_through(
                         recorder.record(outcome)
                     num_since += len(outcomes)
                     failed_images |= {o.row.image_id for o in outcomes if isinstance(o, Failure)}
-                    is_vain = not (recorder.num_extracted or extractor.num_live())
+                    is_vain = outcomes and not (recorder.num_extracted or extractor.num_live())
                     if is_vain and len(failed_images) >= MAX_FAILED_IMAGES:
                         raise ExtractionError(
                             f"the first {len(failed_images)} images that the model saw all failed: "
@@ -1479,14 +1471,13 @@ def extract(options: Options) -> int:
         log.info("%d rows in the plan, %d to do", num_rows, num_missing)
         recorder = Recorder(lock, planned)
         parts = claim_parts(lock, missing, recorder)
-        if next(parts, None) is None and not options.test:  # no model need be loaded
+        # The rows of the first part wait in the recorder; without one no model need be loaded.
+        if next(parts, None) is None and not options.test:
             return summarise(recorder, num_rows, num_missing, 0.0)
         with explain_load_errors(options.model):
             fetch_weights(options, directory)
             model = load_model(options, directory, config, device)
-        billions = model.num_parameters() / 1e9
-        size = f"{billions:.0f}b" if billions >= 0.5 else f"{1e3 * billions:.1f}m"
-        settings["model_type"] = f"gemma-3-{size}-multimodal"
+        settings["model_type"] = f"gemma-3-{model.num_parameters() / 1e9:.0f}b-multimodal"
         width = lane_width(prompter, options.max_new_tokens)
         limits = (options.max_new_tokens, choose_batch_size(options, config, width, device))
         extractor = Extractor(model, prompter, settings["layers"], *limits, device)
@@ -1517,8 +1508,7 @@ def summarise(recorder: Recorder, num_rows: int, num_missing: int, seconds: floa
     if num_others := num_missing - num_extracted - num_failed:
         counts += f", {num_others} by other processes"
     rate = f"{seconds:.1f} s: {num_extracted / max(seconds, 1e-9):.2f} samples/s"
-    told = f"Extracted {num_extracted} of {num_rows} samples ({counts}) in {rate}"
-    print(told, file=sys.stderr)
+    print(f"Extracted {num_extracted} of {num_rows} samples ({counts}) in {rate}", file=sys.stderr)
     # A launcher of several processes ends all of them with the first that ends with an error.
     return 3 if num_failed and NUM_RANKS == 1 else 0
 
@@ -1636,6 +1626,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def number_or_auto(text: str) -> int | None:
+    """A whole number from 1, or None for `auto`."""
+    return None if text == "auto" else positive(text)
+
+
 def layer_list(text: str) -> tuple[int, ...] | str:
     """Comma-separated whole numbers, or `all`."""
     return text if text == "all" else tuple(int(part) for part in text.split(","))
@@ -1661,8 +1656,8 @@ def read_options(words: list[str]) -> Options:
     add("--dtype", choices=[*dtypes, "float16"], default="bfloat16", help="(%(default)s)")
     add("--layers", type=layer_list, metavar="I,J|all", help="negative: from the end (the five)")
     add("--max-new-tokens", type=int, default=200, metavar="N", help="0: no answers (%(default)s)")
-    auto = {"type": lambda text: None if text == "auto" else positive(text), "default": "auto"}
-    add("--batch-size", **auto, metavar="N|auto", help="questions side by side (%(default)s)")
+    auto = {"type": number_or_auto, "default": "auto", "metavar": "N|auto"}
+    add("--batch-size", **auto, help="questions side by side (%(default)s)")
     add("--num-workers", type=positive, default=cores, metavar="N", help="threads (%(default)s)")
     add("--checkpoint-interval", type=positive, default=1000, metavar="N", help="per file (1000)")
     packing = {"choices": ["none", "gzip", "lzf"], "default": "none"}

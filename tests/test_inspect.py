@@ -78,8 +78,7 @@ def call(capsys, *args):
 def by_hand(matrix):
     matrix = matrix.astype(np.float64)
     norms = np.linalg.norm(matrix, axis=1)
-    cosines = (matrix @ matrix.T / np.outer(norms, norms))[np.triu_indices(len(matrix), 1)]
-    return norms.mean(), norms.std(), np.abs(matrix).max(), 0, cosines.mean()
+    return norms.mean(), norms.std(), np.abs(matrix).max(), 0
 
 
 def test_figures_are_those_of_plain_numpy(run_dir, capsys):
@@ -117,10 +116,6 @@ def test_the_table_shows_the_figures(run_dir, capsys):
 )
 def test_texts_are_shown_as_they_are_in_one_line(text, width, shown):
     assert inspect_h5.one_line(text, width) == shown
-
-
-def test_one_vector_has_no_cosine():
-    assert inspect_h5.summarise(np.ones((1, 4), np.float32))["mean_cosine"] is None
 
 
 def test_the_view_says_what_was_run(run_dir, capsys):
@@ -195,6 +190,11 @@ def all_equal(file):
         group[QUERY][...] = np.arange(32)
 
 
+def all_equal_but_the_first(file):
+    for name in [name for name in file if name != "000"]:
+        file[name][QUERY][...] = np.arange(32)
+
+
 def rewrite(member, value):
     """In the first sample, another data set."""
 
@@ -203,6 +203,12 @@ def rewrite(member, value):
         file[f"000/{member}"] = value
 
     return edit(change)
+
+
+def spoil(file):
+    """The first sample's link leads to no object."""
+    del file["000"]
+    file["000"] = h5py.SoftLink("nowhere")
 
 
 def copy_to_part_2(output):
@@ -233,7 +239,6 @@ DEFECTS = {
     "a row more": (rewrite(QUERY, np.ones((1, 32), "f4")), f"{QUERY}: .*1, 32.*'000'"),
     "float16": (rewrite(QUERY, np.arange(32, dtype="f2")), f"{QUERY}: float16.*'000'"),
     "two texts": (rewrite("answer", ["a", "b"]), r"answer: .*2,.*'000'"),
-    "no number": (edit(lambda f: f["000"].attrs.__setitem__("row", "x")), "as a part: invalid"),
     "an id's type": (edit(lambda f: f["000"].attrs.__setitem__("question_id", 0)), "id differs"),
     "a flag": (edit(lambda f: f["000"].attrs.__delitem__("answer_truncated")), "is missing.*000"),
     "a setting": (edit(lambda f: f.attrs.__setitem__("dtype", "bfloat16")), "dtype is"),
@@ -243,8 +248,9 @@ DEFECTS = {
         edit(lambda f: f["000"].attrs.__setitem__("question_id", "x")),
         "question_id differs .1: '000'",
     ),
-    "no group": (edit(lambda f: f.__setitem__("zz", 1)), "as a part: .*Dataset"),
-    "an id twice": (copy_to_part_2, "there twice.*'000'"),
+    "no group": (edit(lambda f: f.__setitem__("zz", 1)), "cannot be opened: .*'zz'"),
+    "no sample": (edit(spoil), "part_001.h5: cannot be opened: .*'000'"),
+    "an id twice": (copy_to_part_2, "question_id stands in .*part_001.h5 too .1: '000'"),
     "a gap": (lambda output: (output / PART.format(2)).unlink(), "part 2 is missing"),
     "a first part": (lambda output: (output / PART.format(1)).unlink(), "part 1 is missing"),
     "half a part": (truncate, "part_002.h5: cannot be read as a part: .*truncated"),
@@ -266,6 +272,17 @@ def test_verify_finds(output, capsys, defect):
     assert (status, err) == (1, "")
     assert re.search(finding, out)
     assert len(out.splitlines()) <= 3
+
+
+def test_verify_tells_all_beside_a_sample_that_cannot_be_opened(output, capsys):
+    edit(spoil)(output)
+    edit(all_equal_but_the_first)(output)
+    with h5py.File(output / PART.format(2), "r+") as file:
+        next(iter(file.values())).attrs["crc32"] = 1
+    (output / PART.format(3)).rename(output / PART.format(4))
+    out = call(capsys, output, "--verify")[1]
+    for finding in ("cannot be opened", "is the same in all", "crc32 is not", "part 3 is missing"):
+        assert finding in out
 
 
 def test_verify_compares_with_the_csv(run_dir, tmp_path, capsys):
@@ -307,19 +324,22 @@ def test_npz_holds_everything_in_one_order(run_dir, tmp_path, capsys):
     status, out, _ = call(capsys, run_dir / "output", "--export", tmp_path / "all.npz")
     samples = stored(run_dir / "output")
     with np.load(tmp_path / "all.npz", allow_pickle=False) as file:
-        assert set(file) == {*NAMES, *inspect_h5.TEXTS, "question_id"}
-        for name in file:
+        assert set(file) == {*NAMES, "texts"}
+        for name in NAMES:
             np.testing.assert_array_equal(file[name], [sample[name] for sample in samples])
+        texts = pd.DataFrame(json.loads(file["texts"].tobytes()))
+    for name in ("question_id", *inspect_h5.TEXTS):
+        assert list(texts[name]) == [sample[name] for sample in samples]
     assert status == 0
     assert f"{QUERY}    float32 [12, 32]" in out
 
 
-def test_csv_holds_the_texts(run_dir, tmp_path, capsys):
-    call(capsys, run_dir / "output", "--export", tmp_path / "texts.csv")
-    table = pd.read_csv(tmp_path / "texts.csv", dtype=str, keep_default_na=False)
-    samples = stored(run_dir / "output")
-    assert table.to_dict("records") == [{n: s[n] for n in table} for s in samples]
-    assert set(table) == {*inspect_h5.TEXTS, "question_id"}
+def test_a_long_text_makes_the_npz_no_longer_than_itself(output, tmp_path, capsys):
+    call(capsys, output, "--export", tmp_path / "short.npz")
+    rewrite("answer", "x" * 200_000)(output)
+    call(capsys, output, "--export", tmp_path / "long.npz")
+    grown = os.path.getsize(tmp_path / "long.npz") - os.path.getsize(tmp_path / "short.npz")
+    assert 199_000 < grown < 201_000
 
 
 def test_parts_of_two_runs_are_not_mixed(output, tmp_path, capsys):
@@ -588,7 +608,8 @@ def test_verify_finds_in_schema_2(made_output, capsys, defect):
     with h5py.File(made_output / PART.format(1), "r+") as file:
         change(file)
     status, out, err = call(capsys, made_output, "--verify")
-    assert (status, err, len(out.splitlines())) == (1, "", 1)
+    num_findings = 2 if defect == "another picture" else 1  # and yet its vectors are the same
+    assert (status, err, len(out.splitlines())) == (1, "", num_findings)
     assert re.search(finding, out)
 
 
@@ -644,7 +665,27 @@ def test_parts_of_two_schemas_are_not_mixed(made_output, capsys):
     assert "schema_version is 1, not 3" in err
 
 
-HEADER = b"question_id,image_id,error\n"
+def test_two_data_sets_side_by_side(made, made_output, tmp_path, capsys):
+    """Other interval, data set and pictures of the same names are fine; equal ids are refused."""
+    both = (made / "output", made_output)
+    status, _, err = call(capsys, *both, "--export", tmp_path / "x.npz")
+    assert (status, len(err.splitlines())) == (1, 1)
+    assert "part_001.h5: question_id stands in " in err
+    assert "(first '000000')" in err
+    for path in made_output.glob("*.h5"):
+        with h5py.File(path, "r+") as file:
+            file.attrs.update({"dataset": "other.csv", "checkpoint_interval": 9})
+            for name in list(file):
+                file.move(name, f"b{name}")
+                file[f"b{name}"].attrs.update({"question_id": f"b{name}", "image_sha256": "1"})
+    assert call(capsys, *both, "--verify") == (0, "nothing wrong with 24 samples\n", "")
+    table, matrix = inspect_h5.load_embeddings(both, LATE.partition("/")[0], 47)
+    assert list(table["question_id"][11:13]) == ["000011", "b000000"]
+    np.testing.assert_array_equal(matrix[:12], matrix[12:])
+    assert call(capsys, *both, "--export", tmp_path / "x.npz")[0] == 0
+    with h5py.File(made_output / PART.format(2), "r+") as file:
+        file.attrs["checkpoint_interval"] = 7
+    assert "checkpoint_interval is 7, not 9" in call(capsys, *both, "--verify")[1]
 
 
 # How it ends

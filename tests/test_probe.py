@@ -5,11 +5,15 @@ import io
 import json
 import math
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
+from scipy.optimize import minimize
+from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import (
@@ -17,6 +21,7 @@ from sklearn.model_selection import (
     KFold,
     PredefinedSplit,
     StratifiedGroupKFold,
+    cross_val_predict,
     cross_val_score,
 )
 from sklearn.pipeline import make_pipeline
@@ -178,12 +183,14 @@ def test_every_cell_is_scikit_learns_own(known, facts, tmp_path, capsys):
     assert call(capsys, directory, "--export", tmp_path / "all.npz")[0] == 0
     with np.load(tmp_path / "all.npz") as file:
         arrays = dict(file)
+    texts = json.loads(arrays.pop("texts").tobytes())
     splitter = StratifiedGroupKFold(5, shuffle=True, random_state=0)
     fold_of = np.empty(len(labels), int)
-    for number, (_, test) in enumerate(splitter.split(labels, labels, arrays["image_id"])):
+    for number, (_, test) in enumerate(splitter.split(labels, labels, texts["image_id"])):
         fold_of[test] = number
-        assert facts["folds"][number]["question_id"] == list(arrays["question_id"][test])
-    assert set(facts["cells"]) == set(arrays) - {"question_id", *inspect_h5.TEXTS}
+        ids = np.array(texts["question_id"])
+        assert facts["folds"][number]["question_id"] == list(ids[test])
+    assert set(facts["cells"]) == set(arrays)
     for name, cell in facts["cells"].items():
         matrix = arrays[name].astype(np.float64)
         grid = {"C": [s / matrix.shape[1] for s in (0.03, 0.3, 3, 30)]}
@@ -205,6 +212,73 @@ def test_every_cell_is_scikit_learns_own(known, facts, tmp_path, capsys):
             assert cell["auroc"][number] == pytest.approx(
                 roc_auc_score(labels[test], scores), abs=2e-3
             )
+            known = roc_auc_score(labels[train], pipeline.decision_function(matrix[train]))
+            assert cell["auroc_train"][number] == pytest.approx(known, abs=2e-3)
+            if "f1" in cell:
+                held_out = cross_val_predict(
+                    pipeline,
+                    matrix[train],
+                    labels[train],
+                    cv=PredefinedSplit(fold_of[train]),
+                    method="decision_function",
+                )
+                expected = by_hand(labels[train], held_out, labels[test], scores)
+                found = {name: cell[name][number] for name in expected}
+                assert found == pytest.approx(expected, abs=0.02), name
+
+
+def by_hand(known_labels, known_scores, labels, scores):
+    """A paper's figures: every threshold tried, Platt's two numbers by another minimiser."""
+    f1s = {t: metrics.f1_score(known_labels, known_scores >= t) for t in known_scores}
+    told = scores >= max(f1s, key=f1s.get)
+
+    def loss(x):
+        return metrics.log_loss(known_labels, 1 / (1 + np.exp(-x[0] * known_scores - x[1])))
+
+    slope, shift = minimize(loss, [1, 0], method="Nelder-Mead").x
+    chances = 1 / (1 + np.exp(-slope * scores - shift))
+    error = 0
+    for k in range(10):
+        inside = (chances >= k / 10) & (chances < (k + 1) / 10)
+        if inside.any():
+            gap = abs(labels[inside].mean() - chances[inside].mean())
+            error += inside.mean() * gap
+    return {
+        "auprc": metrics.average_precision_score(labels, scores),
+        "precision": metrics.precision_score(labels, told),
+        "recall": metrics.recall_score(labels, told),
+        "f1": metrics.f1_score(labels, told),
+        "brier": metrics.brier_score_loss(labels, chances),
+        "ece": error,
+    }
+
+
+def test_categories_have_their_own_auroc(known, tmp_path, capsys):
+    """One that holds all samples has the cell's; one of one class has none; both are counted."""
+    directory, labels = known
+    table, _ = inspect_h5.load_embeddings(directory, VISION)
+    flags = ["--probe", "answer_is_wrong", "--layer", 3, "--representation", KINDS[1], "--by"]
+    all_one = write_labels(tmp_path / "one.csv", table, ["POPE"] * len(table), "benchmark")
+    (cell,) = run_json(directory, *flags, all_one)["cells"].values()
+    assert cell["by"] == {"POPE": pytest.approx(cell["mean"])}
+    kinds = np.where(labels & (np.arange(len(labels)) % 2 == 0), "odd", "mixed").astype(object)
+    kinds[:6] = ""
+    by = write_labels(tmp_path / "by.csv", table, kinds, "benchmark")
+    facts = run_json(directory, *flags, by)
+    (cell,) = facts["cells"].values()
+    assert cell["by"]["odd"] is None
+    assert 0.7 < cell["by"]["mixed"] < 1
+    assert facts["by"] == {
+        name: [int((kinds == name).sum()), int(labels[kinds == name].sum())]
+        for name in ("mixed", "odd")
+    }
+    out = call(capsys, directory, *flags, by)[1].splitlines()
+    assert out[-1].split() == ["odd", *map(str, facts["by"]["odd"]), "-"]
+    assert out[-2].split() == [
+        "mixed",
+        *map(str, facts["by"]["mixed"]),
+        f"{cell['by']['mixed']:.2f}",
+    ]
 
 
 def test_no_image_is_in_two_folds_and_no_sample_is_missing(known, facts):
@@ -243,14 +317,19 @@ def test_the_text_shows_what_the_json_holds(known, facts, capsys, monkeypatch):
     wrong = int(known[1].sum())
     assert f"{len(known[1]) - wrong} × right, {wrong} × wrong; 0 without a label" in out
     assert "does not stand" in out
-    lines = {line[:30].strip(): line[27:].split() for line in out.splitlines()}
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
-    assert rows["layer"] == ["0", "3"]
-    for kind in KINDS:
-        shown_cells = rows[kind.removesuffix("_representation")]
-        for layer, shown in zip((0, 3), shown_cells, strict=True):
+    above, below = out.split("\nbest cells")
+    lines = {line[:30].strip(): line[27:].split() for line in above.splitlines()}
+    rows = {line.split()[0]: line.split()[1:] for line in above.splitlines() if line}
+    assert rows["layer"] == [kind.removesuffix("_representation") for kind in KINDS]
+    for layer in (0, 3):
+        for kind, shown in zip(KINDS, rows[str(layer)], strict=True):
             cell = facts["cells"][f"{kind}/layer_{layer}"]
             assert shown == f"{cell['mean']:.2f}±{cell['sd']:.2f}"
+    measured = {line[:28].strip(): line[28:].split() for line in below.splitlines()[2:]}
+    columns = ("auroc", "auroc_train", "auprc", "precision", "recall", "f1", "brier", "ece")
+    for name, cell in {"query_token 3": facts["cells"][QUERY], **facts["baselines"]}.items():
+        assert measured[name] == [f"{np.mean(cell[column]):.2f}" for column in columns]
+    assert f"AUPRC by chance {wrong / len(known[1]):.2f}, the share of 'wrong'" in below
     levels = {VISION: facts["cells"][VISION]} | facts["baselines"]
     levels["best probe, labels shuffled"] = facts["shuffled"]
     for name, cell in levels.items():
@@ -307,52 +386,45 @@ def test_shuffled_labels_notice_a_planted_leak(tmp_path, capsys, monkeypatch):
 
 # Labels
 
-RULE = [
-    ("red", "It is red.", False),
-    ("red", "It is Red", False),
-    ("red", "a reddish hue", True),
-    ("red", "", True),
-    ("the red car", "That's a RED car!", False),
-    ("red car", "a car that is red", True),
-    ("2", "There are two dogs.", False),
-    ("two", "2", False),
-    ("none", "0", False),
-    ("ten", "I count 10 of them", False),
-    ("1,000", "about 1000 people", False),
-    ("3.5", "It is 3.5 metres", False),
-    ("3.5", "It is 3 5", True),
-    ("5", "It is 3.5", True),
-    ("dont", "I don't", False),
-    ("don't", "I don’t know", False),
-    ("t-shirt", "a T shirt", False),
-    ("left/right", "left, right", False),
-    ("yes", "**Yes**, it is", False),
-    ("yes", "No. Well, yes", True),
-    ("yes", "It is red", True),
-    ("Yes.", "yes", False),
-    ("no", "No, there is none", False),
-    ("no", "There is no dog; yes, a cat", False),
-    ("no", "nothing", True),
-    ("n, o", "No.", False),
-    ("n, o", "n, o", True),
-    ("n, o", "Yes, there is no cat", True),
-    ("y, e, s", "Yes", False),
-    ("NO", "no", False),
-    ("ｎｏ", "No", False),
-    ("the", "the", None),
-    ("", "anything", None),
-    ("?!", "anything", None),
-]
+PAIRS = pd.read_csv(ROOT / "tests/data/answer_pairs.csv", dtype=str, keep_default_na=False)
 
 
-@pytest.mark.parametrize(("truth", "answer", "wrong"), RULE)
-def test_the_rule_of_answer_is_wrong(truth, answer, wrong):
-    assert inspect_h5.is_wrong(answer, truth) is wrong
+def label(truths, answers):
+    table = pd.DataFrame({"ground_truth_answer": truths, "answer": answers})
+    labels, notes = inspect_h5.label_answers(table)
+    return ["" if math.isnan(wrong) else str(int(wrong)) for wrong in labels], notes
+
+
+@pytest.mark.parametrize("source", PAIRS["source"].unique())
+def test_the_rule_of_answer_is_wrong(source):
+    """Pairs as they stand in public data sets, each with the label that a reader gives it."""
+    pairs = PAIRS[PAIRS["source"] == source]
+    for truth, answer, wrong in zip(pairs["ground_truth"], pairs["answer"], pairs["wrong"]):
+        assert label([truth, "x"], [answer, "x"])[0] == [wrong, "0"], (truth, answer)
+
+
+def test_one_and_zero_are_yes_and_no_where_answers_are():
+    """HallusionBench: truths 1 and 0, answers that begin with yes or no; but not counts."""
+    answers = ["Yes, it is.", "No.", "no", "Yes"]
+    labels, notes = label(["1", "1", "0", "0.0"], answers)
+    assert labels == ["0", "1", "0", "1"]
+    assert notes == ["ground truths are 0 and 1: read as yes and no"]
+    assert label(["1", "0", "1", "0"], ["1 dog", "there are 2", "none", "0"]) == (list("0110"), [])
+    assert label(["1", "0", "2", "0"], answers) == (list("1111"), [])
+
+
+def test_the_notes_count_what_the_rule_does_not_see():
+    truths = ["a; b", "['a', 'b']", "a", "狗", "แมว; ねこ"]
+    labels, notes = label(truths, ["(B)", "b", "c", "狗", "x"])
+    assert labels == ["0", "0", "1", "", ""]
+    assert [note.split()[0] for note in notes] == ["3", "2"]
+    assert "several answers" in notes[0]
+    assert "bring your own labels" in notes[1]
 
 
 def test_the_rule_is_applied_and_printed(tiny, capsys):
     directory, table, states = tiny
-    table["ground_truth_answer"] = ["red", "blue", "the"] * 20
+    table["ground_truth_answer"] = ["red", "blue", "?!"] * 20
     table["answer"] = ["red"] * 60
     write_run(directory, table, states)
     status, out, _ = call(capsys, directory, "--probe", "answer_is_wrong", "--layer", 3)
@@ -365,7 +437,7 @@ LABELS = {
     "two texts": (["yes", "no", "", "no"], [], {"no": 30, "yes": 15}, 15),
     "two numbers": (["9", "10", "9", "9"], [], {"9": 45, "10": 15}, 0),
     "None is a value": (["None", "NA", " NA ", "None"], [], {"NA": 30, "None": 30}, 0),
-    "above": (["0.2", "7e-1", "0.5", "?"], ["--above", "0.5"], {"≤ 0.5": 30, "> 0.5": 15}, 15),
+    "above": (["0.2", "7e-1", "0.5", ""], ["--above", "0.5"], {"≤ 0.5": 30, "> 0.5": 15}, 15),
 }
 
 
@@ -439,31 +511,37 @@ def alter(tiny, **columns):
 
 
 REFUSED = {
-    "a column": ("labels.csv:other", {}, "no column other; it has label"),
+    "a column": ("labels.csv:other", {}, "no column other; it has question_id, label"),
     "a file": ("none.csv:label", {}, "none.csv cannot be read"),
-    "no id matches": ("others.csv:label", {}, "no sample has a value there"),
-    "many texts": ("texts.csv:label", {}, "two values, not 3 ('a', 'b', 'c')"),
+    "no id matches": ("others.csv:label", {}, "60 of 60 samples are not in others.csv, first ["),
+    "leading zeros": ("others.csv:label", {}, "['q0000'] (it has ['0']); did leading zeros"),
+    "no value": ("empty.csv:label", {}, "empty.csv:label: no sample has a value there"),
+    "semicolons": ("semicolons.csv:label", {}, "separated by semicolons or tabs: save it with"),
+    "trailing commas": ("commas.csv:label", {}, "60 rows have more or fewer fields than the h"),
+    "no question_id": ("no_id.csv:label", {}, "no column question_id; it has id, label"),
+    "an id twice": ("twice.csv:label", {}, "twice.csv: question_id 'q0007' is there twice"),
+    "many texts": ("texts.csv:label", {}, "3 values instead of two, first ['a', 'b', 'c']"),
     "many numbers": ("numbers.csv:label", {}, "--above X"),
     "one class": (
         "answer_is_wrong",
         {"answer": "blue"},
-        "too few samples for a probe: 0 of one class",
+        "too few for a probe: 0 and 60 samples of the classes",
     ),
     "one image": (
         "labels.csv:label",
         {"image_id": "a", "image_sha256": "x"},
-        "too few samples for a probe: 30 of one class, about 1 images",
+        "30 and 30 samples of the classes, about 1 and 1 images",
     ),
     "two images": (
         "labels.csv:label",
         {"image_id": ["a", "b"] * 30, "image_sha256": ["x", "y"] * 30},
-        "too few samples for a probe: 30 of one class, about 1 images",
+        "30 and 30 samples of the classes, about 1 and 1 images",
     ),
-    "few of a class": ("rare.csv:label", {}, "too few samples"),
+    "few of a class": ("rare.csv:label", {}, "too few for a probe"),
     "no ground truth": (
         "answer_is_wrong",
         {"ground_truth_answer": ""},
-        "too few samples for a probe: 0 of one class",
+        "too few for a probe: 0 and 0 samples",
     ),
     "no answers": ("answer_is_wrong", {"answer": ""}, "no answers are stored"),
     "an entropy": (
@@ -484,9 +562,31 @@ def test_what_cannot_be_probed_is_one_line(tiny, tmp_path, capsys, monkeypatch, 
     write_labels("numbers.csv", table, ["1", "2", "3"] * 20)
     write_labels("rare.csv", table, ["1"] * 8 + ["0"] * 52)  # of two images
     write_labels("others.csv", table.assign(question_id=range(60)), ["0", "1"] * 30)
+    write_labels("empty.csv", table, [""] * 60)
+    lines = Path("labels.csv").read_text().splitlines()
+    Path("semicolons.csv").write_text("\n".join(lines).replace(",", ";"))
+    Path("commas.csv").write_text("\n".join([lines[0], *(line + "," for line in lines[1:])]))
+    Path("no_id.csv").write_text("\n".join(["id,label", *lines[1:]]))
+    Path("twice.csv").write_text("\n".join([*lines, lines[8]]))
     if columns:
         alter(tiny, **columns)
     assert message in one_line(capsys, tiny[0], "--probe", label)
+
+
+@pytest.mark.parametrize("value", ["90%", "0,9", "n/a"])
+def test_a_value_that_is_no_number_is_told(tiny, tmp_path, capsys, value):
+    label = write_labels(tmp_path / "labels.csv", tiny[1], ["0.1", value, "0.9"] * 20)
+    err = one_line(capsys, tiny[0], "--probe", label, "--above", "0.5")
+    assert f"20 values are no numbers, as {value!r}; write 0.9, not 90% or 0,9" in err
+
+
+def test_ids_that_match_in_part_are_counted(tiny, tmp_path):
+    label = write_labels(tmp_path / "labels.csv", tiny[1][6:], ["0", "1"] * 27)
+    facts = run_json(tiny[0], "--probe", label, "--representation", VISION)
+    (note,) = facts["notes"]
+    assert note.startswith("6 of 60 samples are not in ")
+    assert "first ['q0000'] (it has ['q0006']); did leading zeros get lost?" in note
+    assert facts["num_without_label"] == 6
 
 
 def test_values_that_are_not_finite_are_one_line(tiny, capsys):
