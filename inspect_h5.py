@@ -6,11 +6,10 @@
     python inspect_h5.py output --verify --vqa-dataset vqa.csv
     python inspect_h5.py output --export layer_24.npz --layer 24
     python inspect_h5.py output --plot pca.png --color-by labels.csv:hallucinated
-    python inspect_h5.py output --probe answer_is_wrong --plot auroc.png
+    python inspect_h5.py output --probe answer_is_wrong --by vqa.csv:benchmark --plot auroc.png
 
-Samples stand part after part, those of a part in the order in which they were planned. Exit status:
-0 all is well, 1 something is wrong and one line says what (--verify: one line a finding), 2 wrong
-usage, 130 stopped by Ctrl-C.
+Samples stand in the order of the plan. Exit status: 0 all is well, 1 something is wrong and one line
+says what (--verify: one line a finding), 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 import argparse
@@ -736,7 +735,7 @@ def measure(task: Task, inputs: np.ndarray, model: str, cell: dict) -> dict:
         precision, recall, thresholds = metrics.precision_recall_curve(*held_out)
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
         is_told = scores[fold] >= thresholds[np.argmax(f1[:-1])]
-        told = metrics.precision_recall_fscore_support(labels, is_told, average="binary")
+        *told, _ = metrics.precision_recall_fscore_support(labels, is_told, average="binary")
         platt = LogisticRegression(C=np.inf).fit(known[train, None], task.labels[train])
         probabilities = platt.predict_proba(scores[fold, None])[:, 1]
         # Expected calibration error in ten bins of equal width (Guo et al. 2017).
@@ -744,7 +743,7 @@ def measure(task: Task, inputs: np.ndarray, model: str, cell: dict) -> dict:
         error = np.abs(np.bincount(bins, labels - probabilities)).sum() / len(labels)
         brier = metrics.brier_score_loss(labels, probabilities)
         auprc = metrics.average_precision_score(labels, scores[fold])
-        rows.append([auprc, *told[:3], brier, error])
+        rows.append([auprc, *told, brier, error])
         for category, places in pd.Series(fold).groupby(task.categories[fold]):
             aurocs = by_category.setdefault(category, [])
             if len(set(task.labels[places])) == 2:
@@ -819,22 +818,24 @@ def try_vectors(task: Task, samples: Samples, vectors: Vectors, model: str) -> t
 
 def probe(samples: Samples, vectors: Vectors, label: tuple, by: str | None, model: str) -> dict:
     """How well each vector tells the label (LABEL, --above), in folds by image: all facts."""
-    from threadpoolctl import threadpool_limits  # which scikit-learn brings
+    from joblib import parallel_config  # which scikit-learn brings, as threadpoolctl
+    from threadpoolctl import threadpool_limits
 
     table, (name, above) = read_texts(samples), label
     labels, classes, notes = read_labels(table, name, above)
     has_label = labels.notna().to_numpy()
     labels, table = labels[has_label], table[has_label].reset_index(drop=True)
-    if num_cut := int(table["answer_truncated"].sum()):
-        notes.append(f"{num_cut:,} answers were cut at --max-new-tokens")
+    if name == ANSWER_IS_WRONG and (num := int(table["answer_truncated"].sum())):
+        notes.append(f"{num:,} of these answers were cut at --max-new-tokens")
     nothing = (pd.Series(np.nan, table.index), [])
     categories, more = read_column(by, table["question_id"]) if by else nothing
     # A file may be stored under several names, and two directories may have one name.
     images = table.get("image_sha256", table["image_id"]).to_numpy(str)
     is_true, categories = labels.to_numpy(bool), categories.to_numpy(object)
     task = Task(is_true, images, split_by_image(is_true, images), categories)
-    # Logistic regression waits for memory, and more threads of BLAS would wait for each other.
-    with warnings.catch_warnings(), threadpool_limits(1 if model == "linear" else None):
+    # Logistic regression: a thread a fit, as several of BLAS within one would wait for each other.
+    limits = threadpool_limits(1 if model == "linear" else None)
+    with warnings.catch_warnings(), limits, parallel_config("threading", n_jobs=-1):
         warnings.simplefilter("ignore")  # of fits that have not converged
         baselines = try_baselines(task, table)
         labelled = list(itertools.compress(samples, has_label))
@@ -889,8 +890,8 @@ def show_measures(facts: dict) -> Iterator[str]:
     every = cells | {name: cell for name, cell in facts["baselines"].items() if cell}
     table = {name: [np.mean(cell[key]) for key in HEADINGS] for name, cell in every.items()}
     yield f"\nbest cells, means of the folds; AUPRC by chance {share}, the share of {positive!r}"
-    table = pd.DataFrame(table, index=HEADINGS.values()).T
-    yield table.to_string(float_format="{:.2f}".format)
+    table = pd.DataFrame(table, index=HEADINGS.values())
+    yield table.T.to_string(float_format="{:.2f}".format)
     if facts["by"]:
         table = pd.DataFrame(facts["by"], index=["samples", repr(positive)]).T
         for name, cell in cells.items():
@@ -971,7 +972,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[str, argparse.Namespace]:
     add("--by", metavar="CSV:COLUMN", help="probe: the best cells' AUROC by category, too")
     add("--probe-model", choices=PROBES, default="linear", help="probe: linear, or HALP's mlp")
     args = parser.parse_args(argv)
-
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     mode = next((name for name in ("verify", "export", "probe", "plot") if name in given), "view")
     for name in sorted(given - MODE_FLAGS[mode] - {mode, "paths"}):

@@ -187,10 +187,10 @@ def measure(args: argparse.Namespace, bench: Bench) -> None:
     for questions, answers, batch_size in cases:
         _, rows = make_rows(args.images if questions != 1 else 2 * args.images, questions)
         lengths = draw_lengths(answers, len(rows))
-        step = max(
-            1, len(rows) // args.plain_rows
-        )  # of short and long answers as many as there are
-        chosen = sorted(range(len(rows)), key=lengths.__getitem__)[step // 2 :: step]
+        order = sorted(range(len(rows)), key=lengths.__getitem__)
+        num = min(args.plain_rows, len(rows))
+        # Evenly from all lengths, so that their mean is that of all rows.
+        chosen = [order[(2 * k + 1) * len(rows) // (2 * num)] for k in range(num)]
         plain, plain_lengths = [rows[i] for i in chosen], [lengths[i] for i in chosen]
         batches = bench.time_rows(rows[:32], lengths[:32], size=16)
         ratios, ours = [], []
@@ -425,7 +425,7 @@ def parse_args() -> argparse.Namespace:
     add("--answers", nargs="+", default=["none", "equal", "mixed"])
     add("--questions", default="all,1", help="questions an image; all: easy-VQA's 9.7")
     add("--images", type=int, default=10, help="images of ours; twice as many for 1 an image")
-    add("--plain-rows", type=int, default=24, help="rows of the others")
+    add("--plain-rows", type=int, default=23, help="rows of the others")
     add("--pairs", type=int, default=3)
     args = parser.parse_args()
     args.batch_sizes = [None if w == "auto" else int(w) for w in args.batch_sizes.split(",")]

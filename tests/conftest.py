@@ -58,6 +58,17 @@ def make_options(vqa_dataset=CSV, images_dir=IMAGES, **fields):
     return argparse.Namespace(**{**vars(script.read_options(words)), **fields})
 
 
+def inspect(capsys, *args):
+    """inspect_h5.py's status, stdout and stderr."""
+    import inspect_h5
+
+    try:
+        status = inspect_h5.main([str(arg) for arg in args])
+    except SystemExit as end:
+        status = end.code
+    return status, *capsys.readouterr()
+
+
 def write_csv(path, rows, header=HEADER):
     """A CSV of tuples; its path."""
     with open(path, "w", encoding="utf-8", newline="") as file:

@@ -1,7 +1,7 @@
 """Kill the real program again and again, and see that nothing is lost.
 
     python tests/fault_test.py --kills 30 --signals 10
-    python tests/fault_test.py --memory | --startup
+    python tests/fault_test.py --memory
 
 Every run is ended by a signal at a random moment and started again with the same command; whatever
 is in the output directory then must be whole, and in the end all must be as in an uninterrupted
@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 
 import conftest
-import h5py
 from conftest import assert_same_samples, flags, read_csv, read_failed, read_samples, write_csv
 
 import run_gemma3_extraction as script
@@ -31,7 +30,6 @@ STATUS = dict.fromkeys(GENTLE, 143) | {signal.SIGINT: 130, signal.SIGKILL: -9}
 DONE = 3  # every row has its outcome: one in 20 has an image that is not there
 PATIENCE = 300  # seconds, on a machine that has better things to do
 MEMORY_ROWS, MEMORY_LIMIT = (1500, 5000), 50  # MB
-STARTUP_PARTS, STARTUP_LIMIT = 20, 2  # of 1,000 samples each; seconds
 PART_1 = script.PART_NAME.format(1)
 SETTINGS = dict.fromkeys((*script.IDENTITY, "dataset_sha256"), "as ever")  # a made-up run's
 MODELS = "transformers.models"
@@ -190,7 +188,7 @@ class FaultTest:
                 count, stored = count + 1, set()
 
 
-# ──────────────────────────────────── memory and start-up ──────────────────────────────────────
+# ─────────────────────────────────────────── memory ────────────────────────────────────────────
 def tell_memory(script) -> None:
     """Let the program tell its peak and its present memory, in kB."""
     record = script.Recorder.record
@@ -217,33 +215,16 @@ def check_memory(root: Path) -> None:
         assert last - first < MEMORY_LIMIT, "memory grows"
 
 
-def check_startup(root: Path) -> None:
-    """That going on takes little longer for all that is stored."""
-    for number in range(1, STARTUP_PARTS + 1):
-        with h5py.File(root / script.PART_NAME.format(number), "w") as part:
-            part.attrs.update(SETTINGS | {"num_samples": 1000})
-            for i in range(1000):
-                part.create_group(f"{number}_{i}").attrs["question_id"] = "as ever"
-    began = time.monotonic()
-    assert len(script.scan_parts(root, SETTINGS)) == 1000 * STARTUP_PARTS
-    seconds = time.monotonic() - began
-    print(f"going on with {STARTUP_PARTS} parts of 1,000 samples: {seconds:.2f} s")
-    assert seconds < STARTUP_LIMIT, "too slow"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in {"kills": 30, "signals": 10, "rows": 150, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--memory", action="store_true", help="measure memory instead")
-    parser.add_argument("--startup", action="store_true", help="measure going on instead")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         try:
             if args.memory:
                 check_memory(Path(root))
-            elif args.startup:
-                check_startup(Path(root))
             else:
                 FaultTest(Path(root), args.rows, args.seed).run(args.kills, args.signals)
         except AssertionError as error:

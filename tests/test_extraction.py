@@ -324,6 +324,14 @@ def change_capture(change):
     return lambda capture: lambda model, layers, *args: capture(model, layers, *change(*args))
 
 
+def norm_the_last(read):
+    def broken(vectors):
+        last = vectors.get(LAYERS[-1])
+        return read(vectors if last is None else vectors | {LAYERS[-1]: last / last.norm()})
+
+    return broken
+
+
 MISTAKES = {  # whose method, its name, and what becomes of it
     "a lane sees a slot beyond its position": (
         *(script, "causal_masks"),
@@ -358,17 +366,7 @@ MISTAKES = {  # whose method, its name, and what becomes of it
     ),
     "hooks keep a decoding step": (script.Extractor, "_decode", hook_decoding),
     "no image mask": (script.nn.Module, "__call__", drop_image_mask),
-    "the last layer normed": (
-        *(script, "to_numpy"),
-        lambda read: (
-            lambda vectors: read(
-                {
-                    i: v / v.norm(dim=-1, keepdim=True) if i == LAYERS[-1] else v
-                    for i, v in vectors.items()
-                }
-            )
-        ),
-    ),
+    "the last layer normed": (script, "to_numpy", norm_the_last),
 }
 
 

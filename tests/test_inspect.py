@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import CSV, IMAGES, MODEL, ROOT
+from conftest import CSV, IMAGES, MODEL, ROOT, inspect
 from make_large_parts import checksum, write_parts
 
 import inspect_h5
@@ -63,15 +63,6 @@ def stored(directory):
     return samples
 
 
-def call(capsys, *args):
-    """Status, stdout and stderr of a command line."""
-    try:
-        status = inspect_h5.main([str(arg) for arg in args])
-    except SystemExit as end:
-        status = end.code
-    return status, *capsys.readouterr()
-
-
 # The view
 
 
@@ -82,7 +73,7 @@ def by_hand(matrix):
 
 
 def test_figures_are_those_of_plain_numpy(run_dir, capsys):
-    _, out, _ = call(capsys, run_dir / "output", "--json")
+    _, out, _ = inspect(capsys, run_dir / "output", "--json")
     figures, samples = json.loads(out)["figures"], stored(run_dir / "output")
     assert list(figures) == NAMES
     for name, (dim, *values) in ((name, row.values()) for name, row in figures.items()):
@@ -92,8 +83,8 @@ def test_figures_are_those_of_plain_numpy(run_dir, capsys):
 
 
 def test_the_table_shows_the_figures(run_dir, capsys):
-    _, out, _ = call(capsys, run_dir / "output")
-    figures = json.loads(call(capsys, run_dir / "output", "--json")[1])["figures"]
+    _, out, _ = inspect(capsys, run_dir / "output")
+    figures = json.loads(inspect(capsys, run_dir / "output", "--json")[1])["figures"]
     lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
     table = out[out.index("mean L2") :].splitlines()
     for name, row in figures.items():
@@ -119,7 +110,7 @@ def test_texts_are_shown_as_they_are_in_one_line(text, width, shown):
 
 
 def test_the_view_says_what_was_run(run_dir, capsys):
-    status, out, err = call(capsys, run_dir / "output", "--max-samples", "100")
+    status, out, err = inspect(capsys, run_dir / "output", "--max-samples", "100")
     assert (status, err) == (0, "")
     assert "parts: 3, samples: 12, failed: 1" in out
     for text in (
@@ -133,7 +124,7 @@ def test_the_view_says_what_was_run(run_dir, capsys):
 
 
 def test_json_says_the_same(run_dir, capsys):
-    facts = json.loads(call(capsys, run_dir / "output", "--json", "--max-samples", "12")[1])
+    facts = json.loads(inspect(capsys, run_dir / "output", "--json", "--max-samples", "12")[1])
     samples = stored(run_dir / "output")
     assert (facts["num_samples"], facts["num_failed"], len(facts["files"])) == (12, 1, 3)
     assert facts["settings"]["layers"] == list(LAYERS)
@@ -142,20 +133,20 @@ def test_json_says_the_same(run_dir, capsys):
 
 
 def test_a_layer_alone(run_dir, capsys):
-    facts = json.loads(call(capsys, run_dir / "output", "--json", "--layer", "4")[1])
+    facts = json.loads(inspect(capsys, run_dir / "output", "--json", "--layer", "4")[1])
     assert list(facts["figures"]) == [f"{kind}/layer_4" for kind in KINDS]
 
 
 def test_a_sample_of_many_is_drawn_unless_all(run_dir, capsys, monkeypatch):
     monkeypatch.setattr(inspect_h5, "NUM_DRAWN", 4)
-    assert "figures of 4 samples, drawn at random" in call(capsys, run_dir / "output")[1]
-    assert "figures of 12 samples\n" in call(capsys, run_dir / "output", "--all")[1]
+    assert "figures of 4 samples, drawn at random" in inspect(capsys, run_dir / "output")[1]
+    assert "figures of 12 samples\n" in inspect(capsys, run_dir / "output", "--all")[1]
 
 
 @pytest.mark.parametrize("question_id", ["кириллица/日本", "..", "50%/a", "000"])
 def test_one_sample_by_its_own_id(run_dir, capsys, question_id):
     sample = next(s for s in stored(run_dir / "output") if s["question_id"] == question_id)
-    out = call(capsys, run_dir / "output", "--question-id", question_id, "--json")[1]
+    out = inspect(capsys, run_dir / "output", "--question-id", question_id, "--json")[1]
     facts = json.loads(out)
     assert [s["question"] for s in facts["samples"]] == [sample["question"]]
     norm = np.linalg.norm(sample[QUERY])
@@ -163,7 +154,7 @@ def test_one_sample_by_its_own_id(run_dir, capsys, question_id):
 
 
 def test_an_unknown_id_suggests_the_nearest(run_dir, capsys):
-    status, out, err = call(capsys, run_dir / "output", "--question-id", "50%25/a")
+    status, out, err = inspect(capsys, run_dir / "output", "--question-id", "50%25/a")
     assert (status, out) == (1, "")
     assert "'50%/a'" in err
 
@@ -259,16 +250,16 @@ DEFECTS = {
 
 def test_verify_finds_nothing_in_sound_parts(run_dir, capsys):
     directory = run_dir / "output"
-    assert call(capsys, directory, "--verify")[::2] == (0, "")
+    assert inspect(capsys, directory, "--verify")[::2] == (0, "")
     parts = (directory / PART.format(3), directory / "../output" / PART.format(1), directory)
-    assert call(capsys, *parts, "--verify") == (0, "nothing wrong with 12 samples\n", "")
+    assert inspect(capsys, *parts, "--verify") == (0, "nothing wrong with 12 samples\n", "")
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_verify_finds(output, capsys, defect):
     plant, finding = DEFECTS[defect]
     plant(output)
-    status, out, err = call(capsys, output, "--verify")
+    status, out, err = inspect(capsys, output, "--verify")
     assert (status, err) == (1, "")
     assert re.search(finding, out)
     assert len(out.splitlines()) <= 3
@@ -280,7 +271,7 @@ def test_verify_tells_all_beside_a_sample_that_cannot_be_opened(output, capsys):
     with h5py.File(output / PART.format(2), "r+") as file:
         next(iter(file.values())).attrs["crc32"] = 1
     (output / PART.format(3)).rename(output / PART.format(4))
-    out = call(capsys, output, "--verify")[1]
+    out = inspect(capsys, output, "--verify")[1]
     for finding in ("cannot be opened", "is the same in all", "crc32 is not", "part 3 is missing"):
         assert finding in out
 
@@ -289,7 +280,7 @@ def test_verify_compares_with_the_csv(run_dir, tmp_path, capsys):
     table = pd.read_csv(run_dir / "vqa.csv", dtype=str, keep_default_na=False)
     table.loc[0, "question"], table.loc[1, "answer"], table.loc[2, "image_id"] = "a", "b", "c"
     table.drop(index=3).to_csv(tmp_path / "other.csv", index=False, encoding="utf-8-sig")
-    _, out, _ = call(
+    _, out, _ = inspect(
         capsys, run_dir / "output", "--verify", "--vqa-dataset", tmp_path / "other.csv"
     )
     ids, lines = list(table["question_id"]), out.splitlines()
@@ -300,28 +291,19 @@ def test_verify_compares_with_the_csv(run_dir, tmp_path, capsys):
         assert any(problem in line and f"(1: {question_id!r})" in line for line in lines)
 
 
-def test_a_csv_with_an_id_twice_is_refused(run_dir, tmp_path, capsys):
-    lines = (run_dir / "vqa.csv").read_text(encoding="utf-8").splitlines(keepends=True)
-    (tmp_path / "twice.csv").write_text("".join(lines + lines[1:2]), encoding="utf-8")
-    args = (run_dir / "output", "--verify", "--vqa-dataset", tmp_path / "twice.csv")
-    status, out, err = call(capsys, *args)
-    assert (status, out, len(err.splitlines())) == (1, "", 1)
-    assert "twice.csv" in err
-
-
 def test_the_csv_may_use_other_names(run_dir, tmp_path, capsys):
     table = pd.read_csv(run_dir / "vqa.csv", dtype=str, keep_default_na=False)[:-1]
     table = table.rename(columns={"image_id": "image_name", "answer": "gt_answer"})
     table.to_csv(tmp_path / "other.csv", index=False)
     args = (run_dir / "output", "--verify", "--vqa-dataset", tmp_path / "other.csv")
-    assert call(capsys, *args)[0] == 0
+    assert inspect(capsys, *args)[0] == 0
 
 
 # --export and load_embeddings
 
 
 def test_npz_holds_everything_in_one_order(run_dir, tmp_path, capsys):
-    status, out, _ = call(capsys, run_dir / "output", "--export", tmp_path / "all.npz")
+    status, out, _ = inspect(capsys, run_dir / "output", "--export", tmp_path / "all.npz")
     samples = stored(run_dir / "output")
     with np.load(tmp_path / "all.npz", allow_pickle=False) as file:
         assert set(file) == {*NAMES, "texts"}
@@ -335,9 +317,9 @@ def test_npz_holds_everything_in_one_order(run_dir, tmp_path, capsys):
 
 
 def test_a_long_text_makes_the_npz_no_longer_than_itself(output, tmp_path, capsys):
-    call(capsys, output, "--export", tmp_path / "short.npz")
+    inspect(capsys, output, "--export", tmp_path / "short.npz")
     rewrite("answer", "x" * 200_000)(output)
-    call(capsys, output, "--export", tmp_path / "long.npz")
+    inspect(capsys, output, "--export", tmp_path / "long.npz")
     grown = os.path.getsize(tmp_path / "long.npz") - os.path.getsize(tmp_path / "short.npz")
     assert 199_000 < grown < 201_000
 
@@ -345,7 +327,7 @@ def test_a_long_text_makes_the_npz_no_longer_than_itself(output, tmp_path, capsy
 def test_parts_of_two_runs_are_not_mixed(output, tmp_path, capsys):
     with h5py.File(output / PART.format(2), "r+") as file:
         file.attrs["model_revision"] = "another"
-    status, _, err = call(capsys, output, "--export", tmp_path / "x.npz")
+    status, _, err = inspect(capsys, output, "--export", tmp_path / "x.npz")
     assert (status, len(err.splitlines())) == (1, 1)
     assert "model_revision is 'another'" in err
     assert not list(tmp_path.glob("x*"))
@@ -382,15 +364,6 @@ def test_load_embeddings_refuses(run_dir, kind, layer):
 # --plot
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are drawn, in place of files."""
-    drawn = []
-    save = "matplotlib.figure.Figure.savefig"
-    monkeypatch.setattr(save, lambda figure, path, **_: drawn.append(figure))
-    return drawn
-
-
 @pytest.mark.parametrize(
     ("flags", "panels"),
     [
@@ -401,7 +374,7 @@ def figures(monkeypatch):
     ],
 )
 def test_plot_draws_a_panel_for_each(run_dir, tmp_path, capsys, flags, panels):
-    status, out, err = call(capsys, run_dir / "output", "--plot", tmp_path / "x.png", *flags)
+    status, out, err = inspect(capsys, run_dir / "output", "--plot", tmp_path / "x.png", *flags)
     assert (status, err) == (0, "")
     assert f"{panels} panels of 12 of 12 samples" in out
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
@@ -420,10 +393,6 @@ def test_colours_by_a_column_of_a_csv(run_dir, tmp_path):
     ((samples, mark),) = marks_of(run_dir, f"{path}:score")
     assert samples == slice(None)
     np.testing.assert_array_equal(mark["c"], column.reindex(ids))
-
-
-def luminance(color):
-    return np.dot(color[:3], [0.299, 0.587, 0.114])
 
 
 # What is refused
@@ -447,14 +416,14 @@ BAD = ["empty.h5", "text.h5", "foreign.h5", "half.h5", "image.png", "no_parts", 
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("flags", [[], ["--json"], ["--export", "x.npz"], ["--plot", "x.png"]])
 def test_bad_input_is_one_line(bad_paths, capsys, name, flags):
-    status, out, err = call(capsys, bad_paths / name, *flags)
+    status, out, err = inspect(capsys, bad_paths / name, *flags)
     assert (status, out, len(err.splitlines())) == (1, "", 1)
     assert name in err
 
 
 def test_a_layer_that_is_not_stored_is_one_line(run_dir, tmp_path, capsys):
     args = (run_dir / "output", "--export", tmp_path / "x.npz", "--layer", "5")
-    status, out, err = call(capsys, *args)
+    status, out, err = inspect(capsys, *args)
     assert (status, out, len(err.splitlines())) == (1, "", 1)
     assert "layers [0, 2, 4, 6, 7]" in err
 
@@ -472,7 +441,7 @@ def test_a_layer_that_is_not_stored_is_one_line(run_dir, tmp_path, capsys):
     ],
 )
 def test_wrong_usage_is_status_2(run_dir, capsys, flags):
-    status, out, err = call(capsys, run_dir / "output", *flags)
+    status, out, err = inspect(capsys, run_dir / "output", *flags)
     assert (status, out) == (2, "")
     assert "Traceback" not in err
 
@@ -480,14 +449,14 @@ def test_wrong_usage_is_status_2(run_dir, capsys, flags):
 @pytest.mark.parametrize("field", ["nothing", "missing.csv:label", f"{CSV}:nothing"])
 def test_colours_that_are_not_there(run_dir, tmp_path, capsys, field):
     args = (run_dir / "output", "--plot", tmp_path / "x.png", "--color-by", field)
-    status, _, err = call(capsys, *args)
+    status, _, err = inspect(capsys, *args)
     assert (status, len(err.splitlines())) == (1, 1)
 
 
 def test_without_matplotlib_it_says_what_to_install(run_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    status, _, err = call(capsys, run_dir / "output", "--plot", tmp_path / "x.png")
+    status, _, err = inspect(capsys, run_dir / "output", "--plot", tmp_path / "x.png")
     assert status == 1
     assert "pip install matplotlib" in err
 
@@ -502,8 +471,8 @@ def test_a_part_without_samples(output, capsys):
     with h5py.File(output / PART.format(1), "r+") as file:
         file.clear()
         file.attrs["num_samples"] = 0
-    assert call(capsys, output / PART.format(1))[0] == 0
-    assert call(capsys, output, "--verify")[0] == 0
+    assert inspect(capsys, output / PART.format(1))[0] == 0
+    assert inspect(capsys, output, "--verify")[0] == 0
 
 
 MADE = [0, 12, 47]  # layers of parts that a script writes
@@ -553,7 +522,7 @@ def test_a_bit_that_turned_is_found(made_output, capsys):
         bits = vector[()].view(np.uint32)
         bits[100] ^= 1
         vector[...] = bits.view(np.float32)
-    status, out, _ = call(capsys, made_output, "--verify")
+    status, out, _ = inspect(capsys, made_output, "--verify")
     assert (status, len(out.splitlines())) == (1, 1)
     assert "crc32 is not that of the vectors (1: '000003')" in out
 
@@ -607,7 +576,7 @@ def test_verify_finds_in_schema_2(made_output, capsys, defect):
     change, finding = MADE_DEFECTS[defect]
     with h5py.File(made_output / PART.format(1), "r+") as file:
         change(file)
-    status, out, err = call(capsys, made_output, "--verify")
+    status, out, err = inspect(capsys, made_output, "--verify")
     num_findings = 2 if defect == "another picture" else 1  # and yet its vectors are the same
     assert (status, err, len(out.splitlines())) == (1, "", num_findings)
     assert re.search(finding, out)
@@ -618,15 +587,15 @@ def test_an_image_is_followed_through_all_parts(made_output, capsys):
     with h5py.File(made_output / PART.format(2), "r+") as file:
         for name in ("000007", "000008", "000009"):
             file[name].attrs["image_sha256"] = "1" * 64
-    status, out, _ = call(capsys, made_output, "--verify")
+    status, out, _ = inspect(capsys, made_output, "--verify")
     assert (status, len(out.splitlines())) == (1, 1)
     assert "image_id '0.jpg'" in out
 
 
 def test_schema_1_is_read_as_before(tmp_path, capsys):
     write_parts(tmp_path, 12, MADE, interval=7, schema_version=1)
-    assert call(capsys, tmp_path, "--verify")[:2] == (0, "nothing wrong with 12 samples\n")
-    assert LOGPROBS not in call(capsys, tmp_path)[1]
+    assert inspect(capsys, tmp_path, "--verify")[:2] == (0, "nothing wrong with 12 samples\n")
+    assert LOGPROBS not in inspect(capsys, tmp_path)[1]
     table, _ = inspect_h5.load_embeddings(tmp_path, NAMES[0])
     assert list(table) == [
         "question_id", *inspect_h5.TEXTS, *inspect_h5.COUNTS, "answer_truncated"
@@ -640,14 +609,14 @@ def test_schema_2_without_answers_has_no_log_probabilities(made_output, capsys):
             for group in file.values():
                 del group[LOGPROBS], group.attrs["first_token_entropy"]
                 group.attrs["crc32"] = checksum({name: group[name][()] for name in MADE_NAMES})
-    assert call(capsys, made_output, "--verify")[:2] == (0, "nothing wrong with 12 samples\n")
+    assert inspect(capsys, made_output, "--verify")[:2] == (0, "nothing wrong with 12 samples\n")
 
 
 def test_schema_2_is_shown_and_loaded(made, capsys):
-    out = call(capsys, made / "output")[1]
+    out = inspect(capsys, made / "output")[1]
     assert re.search(r"^answer_logprobs +float32 \[5\]$", out, re.MULTILINE)
     args = (made / "output", "--question-id", "000002", "--json")
-    (sample,) = json.loads(call(capsys, *args)[1])["samples"]
+    (sample,) = json.loads(inspect(capsys, *args)[1])["samples"]
     table, _ = inspect_h5.load_embeddings(made / "output", NAMES[0])
     with h5py.File(made / "output" / PART.format(1)) as file:
         group = file["000002"]
@@ -660,7 +629,7 @@ def test_schema_2_is_shown_and_loaded(made, capsys):
 def test_parts_of_two_schemas_are_not_mixed(made_output, capsys):
     with h5py.File(made_output / PART.format(2), "r+") as file:
         file.attrs["schema_version"] = 1
-    status, _, err = call(capsys, made_output)
+    status, _, err = inspect(capsys, made_output)
     assert (status, len(err.splitlines())) == (1, 1)
     assert "schema_version is 1, not 3" in err
 
@@ -668,7 +637,7 @@ def test_parts_of_two_schemas_are_not_mixed(made_output, capsys):
 def test_two_data_sets_side_by_side(made, made_output, tmp_path, capsys):
     """Other interval, data set and pictures of the same names are fine; equal ids are refused."""
     both = (made / "output", made_output)
-    status, _, err = call(capsys, *both, "--export", tmp_path / "x.npz")
+    status, _, err = inspect(capsys, *both, "--export", tmp_path / "x.npz")
     assert (status, len(err.splitlines())) == (1, 1)
     assert "part_001.h5: question_id stands in " in err
     assert "(first '000000')" in err
@@ -678,14 +647,14 @@ def test_two_data_sets_side_by_side(made, made_output, tmp_path, capsys):
             for name in list(file):
                 file.move(name, f"b{name}")
                 file[f"b{name}"].attrs.update({"question_id": f"b{name}", "image_sha256": "1"})
-    assert call(capsys, *both, "--verify") == (0, "nothing wrong with 24 samples\n", "")
+    assert inspect(capsys, *both, "--verify") == (0, "nothing wrong with 24 samples\n", "")
     table, matrix = inspect_h5.load_embeddings(both, LATE.partition("/")[0], 47)
     assert list(table["question_id"][11:13]) == ["000011", "b000000"]
     np.testing.assert_array_equal(matrix[:12], matrix[12:])
-    assert call(capsys, *both, "--export", tmp_path / "x.npz")[0] == 0
+    assert inspect(capsys, *both, "--export", tmp_path / "x.npz")[0] == 0
     with h5py.File(made_output / PART.format(2), "r+") as file:
         file.attrs["checkpoint_interval"] = 7
-    assert "checkpoint_interval is 7, not 9" in call(capsys, *both, "--verify")[1]
+    assert "checkpoint_interval is 7, not 9" in inspect(capsys, *both, "--verify")[1]
 
 
 # How it ends
@@ -721,7 +690,7 @@ def test_synthetic_parts_are_like_the_real_ones(run_dir, tmp_path, capsys):
         version = int(file.attrs["schema_version"])
     layers = [0, 12, 24, 36, 47]
     write_parts(tmp_path / "large", 12, layers, interval=7, schema_version=version)
-    assert call(capsys, tmp_path / "large", "--verify")[::2] == (0, "")
+    assert inspect(capsys, tmp_path / "large", "--verify")[::2] == (0, "")
     real, synthetic = (
         h5py.File(directory / PART.format(1))
         for directory in (run_dir / "output", tmp_path / "large")

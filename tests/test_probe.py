@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, inspect
 from scipy.optimize import minimize
 from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
@@ -143,15 +143,6 @@ def run_json(*args):
     return json.loads(out.getvalue(), parse_constant=pytest.fail)
 
 
-def call(capsys, *args):
-    """Status, stdout and stderr of a command line."""
-    try:
-        status = inspect_h5.main([str(arg) for arg in args])
-    except SystemExit as end:
-        status = end.code
-    return status, *capsys.readouterr()
-
-
 def write_labels(path, table, values, column="label"):
     pd.DataFrame({"question_id": table["question_id"], column: values}).to_csv(path, index=False)
     return f"{path}:{column}"
@@ -180,7 +171,7 @@ def test_the_table_finds_the_layer_and_is_not_fooled_by_the_image(known, facts):
 def test_every_cell_is_scikit_learns_own(known, facts, tmp_path, capsys):
     """Another path: exported matrices, float64, a pipeline in a grid search, folds made anew."""
     directory, labels = known
-    assert call(capsys, directory, "--export", tmp_path / "all.npz")[0] == 0
+    assert inspect(capsys, directory, "--export", tmp_path / "all.npz")[0] == 0
     with np.load(tmp_path / "all.npz") as file:
         arrays = dict(file)
     texts = json.loads(arrays.pop("texts").tobytes())
@@ -272,7 +263,7 @@ def test_categories_have_their_own_auroc(known, tmp_path, capsys):
         name: [int((kinds == name).sum()), int(labels[kinds == name].sum())]
         for name in ("mixed", "odd")
     }
-    out = call(capsys, directory, *flags, by)[1].splitlines()
+    out = inspect(capsys, directory, *flags, by)[1].splitlines()
     assert out[-1].split() == ["odd", *map(str, facts["by"]["odd"]), "-"]
     assert out[-2].split() == [
         "mixed",
@@ -312,7 +303,7 @@ def test_the_shuffled_control_is_a_half(facts):
 
 def test_the_text_shows_what_the_json_holds(known, facts, capsys, monkeypatch):
     monkeypatch.setattr(inspect_h5, "probe", lambda *_: facts)
-    status, out, err = call(capsys, known[0], "--probe", "answer_is_wrong")
+    status, out, err = inspect(capsys, known[0], "--probe", "answer_is_wrong")
     assert (status, err) == (0, "")
     wrong = int(known[1].sum())
     assert f"{len(known[1]) - wrong} × right, {wrong} × wrong; 0 without a label" in out
@@ -371,7 +362,7 @@ def test_shuffled_labels_notice_a_planted_leak(tmp_path, capsys, monkeypatch):
     labels = np.repeat(np.arange(60) % 2 == 0, NUM_QUESTIONS)
     write_run(tmp_path, make_table(labels, rng), make_states(labels, rng, width=4))
     flags = [tmp_path, "--probe", "answer_is_wrong", "--representation", VISION]
-    status, out, _ = call(capsys, *flags)
+    status, out, _ = inspect(capsys, *flags)
     assert status == 0
     assert "leaks" not in out
 
@@ -379,7 +370,7 @@ def test_shuffled_labels_notice_a_planted_leak(tmp_path, capsys, monkeypatch):
         return np.array_split(np.random.default_rng(0).permutation(len(labels)), 5)
 
     monkeypatch.setattr(inspect_h5, "split_by_image", split_at_random)
-    status, out, _ = call(capsys, *flags)
+    status, out, _ = inspect(capsys, *flags)
     assert status == 0
     assert "something leaks" in out
 
@@ -427,7 +418,7 @@ def test_the_rule_is_applied_and_printed(tiny, capsys):
     table["ground_truth_answer"] = ["red", "blue", "?!"] * 20
     table["answer"] = ["red"] * 60
     write_run(directory, table, states)
-    status, out, _ = call(capsys, directory, "--probe", "answer_is_wrong", "--layer", 3)
+    status, out, _ = inspect(capsys, directory, "--probe", "answer_is_wrong", "--layer", 3)
     assert status == 0
     assert "20 × right, 20 × wrong; 20 without a label" in out
     assert " ".join(inspect_h5.RULE.split()) in " ".join(out.split())
@@ -464,7 +455,7 @@ def test_a_representation_or_a_layer_alone(tiny):
 def test_the_perceptron(known, capsys):
     """HALP's, on the layer that tells and on one that does not."""
     args = (known[0], "--probe", "answer_is_wrong", "--probe-model", "mlp", "--json")
-    status, out, _ = call(capsys, *args, "--representation", KINDS[1])
+    status, out, _ = inspect(capsys, *args, "--representation", KINDS[1])
     facts = json.loads(out)
     assert status == 0
     assert "512-256-128" in facts["probe"]
@@ -473,24 +464,9 @@ def test_the_perceptron(known, capsys):
     assert not facts["leaks"]
 
 
-def many_layers(count):
-    cell = {"auroc": [0.5, 0.7], "mean": 0.6, "sd": 0.1414}
-    names = [VISION, *(f"{kind}/layer_{layer}" for kind in KINDS for layer in range(count))]
-    return dict.fromkeys(names, cell)
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are drawn, in place of files."""
-    drawn = []
-    save = "matplotlib.figure.Figure.savefig"
-    monkeypatch.setattr(save, lambda figure, path, **_: drawn.append(figure))
-    return drawn
-
-
 def test_probe_and_plot_write_the_table_and_the_picture(tiny, tmp_path, capsys):
     args = (tiny[0], "--probe", "answer_is_wrong", "--layer", 3, "--plot", tmp_path / "x.png")
-    status, out, err = call(capsys, *args)
+    status, out, err = inspect(capsys, *args)
     assert (status, err) == (0, "")
     assert "AUROC" in out
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
@@ -500,7 +476,7 @@ def test_probe_and_plot_write_the_table_and_the_picture(tiny, tmp_path, capsys):
 
 
 def one_line(capsys, *args):
-    status, out, err = call(capsys, *args)
+    status, out, err = inspect(capsys, *args)
     assert (status, out, len(err.splitlines())) == (1, "", 1), (status, out, err)
     return err
 
@@ -621,7 +597,7 @@ def test_without_scikit_learn_it_says_what_to_install(tiny, capsys, monkeypatch)
     ],
 )
 def test_wrong_usage_is_status_2(tiny, capsys, flags, message):
-    status, out, err = call(capsys, tiny[0], *flags)
+    status, out, err = inspect(capsys, tiny[0], *flags)
     assert (status, out) == (2, "")
     assert message in err
     assert "Traceback" not in err
