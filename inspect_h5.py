@@ -8,7 +8,7 @@
     python inspect_h5.py output --plot pca.png --color-by labels.csv:hallucinated
     python inspect_h5.py output --probe answer_is_wrong --by vqa.csv:benchmark --plot auroc.png
 
-Samples stand in the order of the plan. Exit status: 0 all is well, 1 something is wrong and one line
+Samples stand in the plan's order. Exit status: 0 all is well, 1 something is wrong and one line
 says what (--verify: one line a finding), 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
