@@ -201,17 +201,17 @@ def read_table(path: Path, *columns: tuple[str, ...]) -> pd.DataFrame:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            lines, header = list(reader), reader.fieldnames or [""]
+            lines, header = list(reader), list(reader.fieldnames or [])
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if len(header) == 1 and re.search("[;\t]", header[0]):
         raise ValueError(f"{path} looks separated by semicolons or tabs: save it with commas")
     chosen = []
     for names in [("question_id",), *columns]:
-        chosen.append(next((name for name in names if name in header), None))
-        if chosen[-1] is None:
-            there = f"it has {', '.join(header)}"
-            raise ValueError(f"{path} has no column {' or '.join(names)}; {there}")
+        chosen.append(next((name for name in names if name in header), ""))
+        if header.count(chosen[-1]) != 1:
+            what = "several columns" if chosen[-1] else "no column"
+            raise ValueError(f"{path} has {what} {' or '.join(names)}; it has {header}")
     if uneven := [line for line in lines if None in line or None in line.values()]:
         what = f"{len(uneven):,} rows have more or fewer fields than the header"
         raise ValueError(f"{path}: {what}; check their commas, also at the end")
@@ -431,14 +431,14 @@ def export(path: Path, samples: Samples, vectors: Vectors) -> Iterator[str]:
     yield f"{path}: {len(samples):,} samples"
     # All texts as UTF-8 bytes: in an array of text each would be as wide as the longest.
     packed = json.dumps(texts.to_dict("list"), ensure_ascii=False).encode()
-    with zipfile.ZipFile(path, "w") as archive:
+    partial = path.with_suffix(".partial")
+    with zipfile.ZipFile(partial, "w") as archive:
         for name, width in {"texts": None, **vectors}.items():
-            array = np.frombuffer(packed, np.uint8)
-            if width:
-                array = read_matrix(samples, name, width)
+            array = read_matrix(samples, name, width) if width else np.frombuffer(packed, np.uint8)
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
             yield f"{name:<38}{array.dtype} {list(array.shape)}"
+    os.replace(partial, path)
 
 
 def choose_marks(table: pd.DataFrame, field: str) -> list[tuple]:
@@ -517,6 +517,7 @@ WORD = re.compile(  # a number, whose sign follows a space, or a word; "-" and "
 )
 ARTICLES = {"a", "an", "the"}
 BINARY = {"1": "yes", "0": "no", "y": "yes", "n": "no"}
+LISTED = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"|([^\s,\[\]]+)")  # an item
 SPACELESS = re.compile(  # Thai to Burmese, Khmer, kana, Han: no space between words
     "[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]"
 )
@@ -572,9 +573,8 @@ def is_wrong(answer: str, truth: str) -> bool | None:
 
 def split_truths(text: str) -> list[str]:
     """The answers that a ground truth accepts: of `a; b` or `['a', 'b']` each, or itself."""
-    if re.fullmatch(r"\s*\[\s*(['\"]).*\1\s*\]\s*", text, re.DOTALL):
-        quoted = re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", text)
-        return [single or double for single, double in quoted]
+    if re.fullmatch(r"\s*\[.*['\"].*\]\s*", text, re.DOTALL):
+        return ["".join(item) for item in LISTED.findall(text)]
     return [part.strip() for part in text.split(";") if part.strip()]
 
 
@@ -615,7 +615,7 @@ def read_labels(table: pd.DataFrame, label: str, above: float | None) -> tuple:
         is_above = (numbers > above).astype(float).where(numbers.notna())
         return is_above, [f"≤ {above:g}", f"> {above:g}"], notes
     is_numeric = numbers.notna().equals(texts.notna())
-    values = sorted(texts.dropna().unique(), key=float if is_numeric else str)
+    values = sorted(texts.dropna().unique(), key=float if is_numeric else str.casefold)
     if len(values) > 2:
         what = f"{len(values):,} values instead of two, first {one_line(values[:5], 80)}"
         raise ValueError(f"{label}: {what}; of numbers, --above X makes two")
@@ -897,7 +897,7 @@ def show_measures(facts: dict) -> Iterator[str]:
         for name, cell in cells.items():
             aurocs = (cell["by"][category] for category in table.index)
             table[name] = ["-" if auroc is None else f"{auroc:.2f}" for auroc in aurocs]
-        yield f"\nAUROC by category\n{table.rename(one_line).to_string()}"
+        yield f"\nAUROC by category\n{table.rename(lambda name: one_line(name, 20)).to_string()}"
 
 
 def show_probe(facts: dict) -> Iterator[str]:

@@ -1503,7 +1503,7 @@ def summarise(recorder: Recorder, num_rows: int, num_missing: int, seconds: floa
     """Print the last line; the exit status."""
     num_extracted, num_failed = recorder.num_extracted, recorder.num_failed
     if num_failed:
-        log.warning("what failed, and why: %s", FAILED_NAME)
+        log.warning("what failed, and why: %s in the output directory", FAILED_NAME)
     counts = f"{num_failed} failed, {num_rows - num_missing} already done"
     if num_others := num_missing - num_extracted - num_failed:
         counts += f", {num_others} by other processes"

@@ -425,7 +425,7 @@ def test_the_rule_is_applied_and_printed(tiny, capsys):
 
 
 LABELS = {
-    "two texts": (["yes", "no", "", "no"], [], {"no": 30, "yes": 15}, 15),
+    "two texts": (["Yes", "no", "", "no"], [], {"no": 30, "Yes": 15}, 15),
     "two numbers": (["9", "10", "9", "9"], [], {"9": 45, "10": 15}, 0),
     "None is a value": (["None", "NA", " NA ", "None"], [], {"NA": 30, "None": 30}, 0),
     "above": (["0.2", "7e-1", "0.5", ""], ["--above", "0.5"], {"≤ 0.5": 30, "> 0.5": 15}, 15),
@@ -487,14 +487,15 @@ def alter(tiny, **columns):
 
 
 REFUSED = {
-    "a column": ("labels.csv:other", {}, "no column other; it has question_id, label"),
+    "a column": ("labels.csv:other", {}, "no column other; it has ['question_id', 'label']"),
     "a file": ("none.csv:label", {}, "none.csv cannot be read"),
     "no id matches": ("others.csv:label", {}, "60 of 60 samples are not in others.csv, first ["),
     "leading zeros": ("others.csv:label", {}, "['q0000'] (it has ['0']); did leading zeros"),
     "no value": ("empty.csv:label", {}, "empty.csv:label: no sample has a value there"),
     "semicolons": ("semicolons.csv:label", {}, "separated by semicolons or tabs: save it with"),
     "trailing commas": ("commas.csv:label", {}, "60 rows have more or fewer fields than the h"),
-    "no question_id": ("no_id.csv:label", {}, "no column question_id; it has id, label"),
+    "no question_id": ("no_id.csv:label", {}, "no column question_id; it has ['id', 'label']"),
+    "a column twice": ("columns.csv:label", {}, "several columns label; it has ['question_id',"),
     "an id twice": ("twice.csv:label", {}, "twice.csv: question_id 'q0007' is there twice"),
     "many texts": ("texts.csv:label", {}, "3 values instead of two, first ['a', 'b', 'c']"),
     "many numbers": ("numbers.csv:label", {}, "--above X"),
@@ -543,6 +544,7 @@ def test_what_cannot_be_probed_is_one_line(tiny, tmp_path, capsys, monkeypatch, 
     Path("semicolons.csv").write_text("\n".join(lines).replace(",", ";"))
     Path("commas.csv").write_text("\n".join([lines[0], *(line + "," for line in lines[1:])]))
     Path("no_id.csv").write_text("\n".join(["id,label", *lines[1:]]))
+    Path("columns.csv").write_text("\n".join(f"{line},{line[6:]}" for line in lines))
     Path("twice.csv").write_text("\n".join([*lines, lines[8]]))
     if columns:
         alter(tiny, **columns)
