@@ -74,7 +74,7 @@ def test_what_ends_a_run(run_rows, plain, owner, name, call, what, num_stored):
         elif number == call:
             raise what
 
-    status, told, found = run_rows(owner, name, strike, ["--batch-size", 1])
+    status, told, found = run_rows(owner, name, strike, ["--batch-size", 1, "--num-workers", 1])
     assert (status, len(found)) == (STATUS.get(what, 1), num_stored)
     assert ("the same command goes on" if what in STATUS else str(what)) in told
     _, told, found = run_rows()
@@ -124,9 +124,9 @@ def test_a_question_that_does_not_fit_alone_fails(run_rows, plain, tmp_path, ind
     """Afterwards batches are as large as before it."""
     sizes, culprit = [], list(plain[1])[index]
 
-    def run_short(_, extractor, start, stop):
+    def run_short(_, extractor, lanes):
         sizes.append(extractor.batch_size)
-        if culprit in [live.question.row.question_id for live in extractor._live[start:stop]]:
+        if culprit in [extractor._live[lane].question.row.question_id for lane in lanes]:
             raise NO_MEMORY
 
     status, _, found = run_rows(Extractor, "_prefill", run_short, ["--batch-size", 4])

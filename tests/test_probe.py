@@ -205,7 +205,7 @@ def test_every_cell_is_scikit_learns_own(known, facts, tmp_path, capsys):
             )
             known = roc_auc_score(labels[train], pipeline.decision_function(matrix[train]))
             assert cell["auroc_train"][number] == pytest.approx(known, abs=2e-3)
-            if "f1" in cell:
+            if "f1" in cell and (number == 0 or name == QUERY):
                 held_out = cross_val_predict(
                     pipeline,
                     matrix[train],

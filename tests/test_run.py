@@ -88,7 +88,7 @@ def test_attributes_and_settings(plain_run):
     prompt += "<start_of_turn>model\n"
     shared = {"schema_version": 3, "dtype": "float32", "layers": DEFAULT_LAYERS, "prompt": prompt}
     shared |= {"max_new_tokens": 6, "checkpoint_interval": 7}
-    expected = {"model_name": str(MODEL), "model_type": "gemma-3-0.2m-multimodal", "device": "cpu"}
+    expected = {"model_name": str(MODEL), "model_type": "gemma-3-0b-multimodal", "device": "cpu"}
     expected |= {"num_samples": 7, "num_layers": 8, "hidden_size": 32, "vision_hidden_size": 24}
     expected |= {"torch_version": str(torch.__version__), "attn_implementation": "sdpa"}
     expected |= {"transformers_version": transformers.__version__, "dataset": "rows.csv"}
