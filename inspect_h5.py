@@ -431,7 +431,7 @@ def export(path: Path, samples: Samples, vectors: Vectors) -> Iterator[str]:
     yield f"{path}: {len(samples):,} samples"
     # All texts as UTF-8 bytes: in an array of text each would be as wide as the longest.
     packed = json.dumps(texts.to_dict("list"), ensure_ascii=False).encode()
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(f"{path.name}.partial")
     with zipfile.ZipFile(partial, "w") as archive:
         for name, width in {"texts": None, **vectors}.items():
             array = read_matrix(samples, name, width) if width else np.frombuffer(packed, np.uint8)
