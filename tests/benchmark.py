@@ -133,6 +133,7 @@ class Bench:
     @torch.inference_mode()
     def time_rows(self, rows: list[script.Row], lengths: list[int], size: int = 1) -> float:
         """Seconds a row, `size` rows side by side until the longest answer has ended."""
+        torch.backends.cuda.enable_cudnn_sdp(True)  # as transformers has it
         start = time.perf_counter()
         for i in range(0, len(rows), size):
             self.forward(self.inputs(rows[i : i + size]), max(lengths[i : i + size]))
@@ -140,9 +141,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
         return (time.perf_counter() - start) / len(rows)
 
-    def time_ours(
-        self, rows: list[script.Row], lengths: list[int], batch_size: int | None
-    ) -> float:
+    def time_ours(self, rows: list[script.Row], lengths: list[int], size: int | None) -> float:
         """Seconds a row of the whole program, but for loading the model."""
         ends = {row.question_id: length for row, length in zip(rows, lengths, strict=True)}
 
@@ -167,8 +166,10 @@ class Bench:
                 dtype=str(self.model.dtype).partition(".")[2],
                 device=str(self.device),
                 max_new_tokens=max(lengths),
-                batch_size=batch_size,
+                batch_size=size,
             )
+            torch.backends.cuda.enable_cudnn_sdp(False)  # as `load_model` has it
+            torch.cuda.empty_cache()  # `auto` measures what is free
             start = time.perf_counter()
             assert script.extract(options) == 0
             return (time.perf_counter() - start) / len(rows)
