@@ -151,8 +151,10 @@ def assert_as_references(found, references):
 # ──────────────────────────────────── against transformers alone ──────────────────────────────────
 
 
-@pytest.mark.parametrize("max_pass_images", [1, 8])
-@pytest.mark.parametrize("batch_size", [1, 5, 16, 64])
+BATCHES = [(1, 1), *itertools.product([5, 16, 64], [1, 8])]
+
+
+@pytest.mark.parametrize(("batch_size", "max_pass_images"), BATCHES)
 def test_all_equals_plain_passes(ours, prompter, references, batch_size, max_pass_images):
     extractor = make_extractor(ours, prompter, batch_size)
     extractor.max_pass_images = max_pass_images
