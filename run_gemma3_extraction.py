@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Store what Gemma 3 holds inside, for every question of a VQA data set, before it answers.
+"""Run Gemma 3 over a VQA data set and store its hidden states from before each answer.
 
     python run_gemma3_extraction.py --vqa-dataset vqa.csv --images-dir images --test
     python run_gemma3_extraction.py --vqa-dataset vqa.csv --images-dir images
 
-One HDF5 file for every `--checkpoint-interval` samples, one group for every sample:
+It writes one HDF5 file per `--checkpoint-interval` samples, with one group per sample:
 
     output/gemma3_12b_embeddings_part_001.h5
       {question_id}/
@@ -16,18 +16,19 @@ One HDF5 file for every `--checkpoint-interval` samples, one group for every sam
         multimodal_representation/layer_{i}      [D]        decoder layer i, mean over the prompt
         answer_logprobs                          [tokens]   natural log, end token included
 
-How a row travels:
+How a row travels through this script:
 
-    read_rows → plan_parts → read_ahead → Extractor.run (encode, prefill, decode)
-    → Recorder → PartWriter → part_NNN.h5
+    read_rows → plan_parts → Claims → ImageReader → Extractor (encode, prefill, decode)
+    → Recorder → PartWriter → part_001.h5
 
-Every prompt is a prefix, the same for all (up to the end of the image), and the question's own
-tokens. An image runs through the vision tower and the prefix once; each question about it takes a
-lane of keys and values, with the image's copied into it, and leaves as its answer ends.
+All prompts begin with the same tokens, up to the end of the image: the prefix. Each image runs
+through the vision tower and the prefix once. Each question about it then gets a lane, which is room
+in the cache for its keys and values, with the image's copied in. Questions are answered side by
+side, and when an answer ends, another question takes its lane.
 
-The same command again goes on where the last one stopped, and helps where one is at work. Exit
-status: 0 every row is stored, 1 could not start or go on, 2 wrong usage, 3 some rows failed, 130
-Ctrl-C, 143 SIGTERM.
+The same command continues where the last run stopped, and shares the work with runs that are still
+going. Exit status: 0 every row is stored, 1 could not start or continue, 2 wrong usage, 3 some rows
+failed, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
 """
 
 from __future__ import annotations
@@ -52,17 +53,25 @@ import re
 import resource
 import shutil
 import signal
+import socket
+import stat
 import sys
 import threading
 import time
+import types
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+
+# Every pass has another shape, so CUDA's memory would break into pieces. torch reads this when it
+# is imported.
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 import h5py
 import numpy as np
@@ -70,8 +79,8 @@ import torch
 import transformers
 from accelerate.utils import get_max_memory
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -80,10 +89,16 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 # ────────────────────────────────────────── constants ──────────────────────────────────────────
 SCHEMA_VERSION = 3
 PART_NAME = "gemma3_12b_embeddings_part_{:03d}.h5"
-FAILED_NAME = "failed_samples.csv"
-OUR_FILES = re.compile(
-    r"gemma3_12b_embeddings_part_\d+\.(h5|partial)|(failed_samples|settings)\.(csv|json|partial)"
+PARTIAL_NAME = re.compile(
+    r"(?P<stem>gemma3_12b_embeddings_part_\d+|settings|failed_samples)"
+    r"\.(?P<host>.+)-(?P<pid>\d+)\.partial"
 )
+OUR_FILES = re.compile(r"gemma3_12b_embeddings_part_\d+\.h5|settings\.json|failed_samples\.csv")
+FAILED_NAME = "failed_samples.csv"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+SMALL_FILES = ["*.json", "*.jinja", "*.model"]  # of a checkpoint: all but its weights
+
 COLUMNS = {  # a field of `Row`, and what the CSV may call it
     "question_id": ("question_id",),
     "image_id": ("image_id", "image_name"),
@@ -91,38 +106,33 @@ COLUMNS = {  # a field of `Row`, and what the CSV may call it
     "ground_truth": ("answer", "gt_answer"),
 }
 VISION = "vision_representation"
-LAYER_KINDS = (
-    "vision_token_representation",
-    "query_token_representation",
-    "multimodal_representation",
-)
-# What every stored vector depends on: no run goes on in a directory where these were others.
-IDENTITY = ("schema_version", "model_revision", "dtype", "layers", "max_new_tokens", "prompt")
-IDENTITY = (*IDENTITY, "checkpoint_interval")
-FILTERS = {"gzip": (h5py.h5z.FILTER_DEFLATE, 0, (1,)), "lzf": (h5py.h5z.FILTER_LZF, 1)}
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-RANK, NUM_RANKS = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
-MAX_FAILED_IMAGES = 25  # if so many fail before any succeeds, something is wrong with all
-SAMPLED_BYTES = 2**16  # at a time, of a local model's weights
-SAMPLE_OVERHEAD, VECTOR_OVERHEAD = 6000, 350  # bytes of a file beside the vectors themselves
+VISION_TOKEN = "vision_token_representation"
+QUERY_TOKEN = "query_token_representation"
+MULTIMODAL = "multimodal_representation"
+
 NUM_TEST_ROWS = 3
 TEST_BOUNDS = {"float32": 1e-4, "bfloat16": 0.1}  # relative L2 error to a plain forward pass
+MAX_FAILED_ROWS = 25  # if the first rows that the model sees all fail, something is wrong with all
+MAX_MESSAGE = 1000  # characters
+SAMPLE_OVERHEAD = 6000  # bytes of a sample in a file beside its vectors: texts, groups, attributes
+VECTOR_OVERHEAD = 350  # bytes of HDF5's own for each vector; tests/test_parts.py measures both
+HASHED_BYTES = 2**16  # of the beginning of each tensor of a local model
 
-CPU_BATCH_SIZE = 64  # no result depends on it
-MAX_BATCH_SIZE = 256
-MAX_PASS_TOKENS = 8192  # of a prefill pass
-PASS_COST, CPU_PASS_COST = 512, 48  # tokens whose arithmetic takes as long as an empty pass
-MAX_PASS_IMAGES = 8  # of an encoding pass on an accelerator; a CPU is faster one by one
-TYPICAL_QUESTION = 64  # tokens behind the prefix; no result depends on it
+CPU_BATCH_SIZE = 64  # on two cores 3 % faster than 32; no result depends on it
+MAX_BATCH_SIZE = 256  # beyond it a decoding step takes longer in proportion
+MAX_PASS_IMAGES = 8  # encoded together on an accelerator; a CPU is as fast one by one
+MAX_PASS_TOKENS = 8192  # of a prefill, padding included
+CPU_PASS_TOKENS = 512  # enough for a CPU's matrix products, and less padding in between
+TYPICAL_QUESTION = 64  # tokens after the prefix that a lane has room for without being widened
+# What a pass needs on a card beside weights and lanes. For the 12B the largest pass takes 3.8 GiB
+# (`tests/benchmark.py --paper` prints it). Where this is too little, the run halves its batch.
+WORKING_MEMORY = 4 * 2**30
 
-PLAIN_NORM = Gemma3RMSNorm.forward
-Options = argparse.Namespace  # what `read_options` makes of the command line
 log = logging.getLogger("gemma3_extraction")
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we refuse such images ourselves
 
 
 class ExtractionError(Exception):
-    """The run cannot start or go on; the message says why and what to do."""
+    """The run cannot start or continue; the message says why and what to do."""
 
 
 class RowError(ValueError):
@@ -132,12 +142,82 @@ class RowError(ValueError):
 # ────────────────────────────────────────── what flows ─────────────────────────────────────────
 @dataclass(frozen=True)
 class Row:
-    """One line of the CSV, to the letter."""
+    """One line of the CSV, each text exactly as it is written there."""
 
     question_id: str
     image_id: str
     question: str
     ground_truth: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part file of the plan."""
+
+    number: int
+    path: Path
+    planned: list[Row]
+    missing: list[Row]  # those of the planned rows that are not stored yet
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One row as the model reads it."""
+
+    row: Row
+    input_ids: list[int]  # [T]
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """An image as the model reads it, and the prompts about it."""
+
+    pixel_values: Tensor  # [3, height, width]
+    image_sha256: str  # of the file
+    prompts: list[Prompt]
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """What all questions about an image share. States are float32, in host memory."""
+
+    image_sha256: str
+    cache_index: int  # which image of the last encoded ones it is
+    patch_mean: np.ndarray  # [D_v]
+    vision_token: np.ndarray  # [layers, D], at the last image soft token
+    prefix_sum: np.ndarray  # [layers, D], over the tokens of the prefix
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt from the moment its image is encoded until its answer ends."""
+
+    prompt: Prompt
+    image: EncodedImage
+    lane: int = -1  # -1 while it waits
+    query_token: np.ndarray | None = None  # [layers, D], at the last prompt token
+    own_sum: np.ndarray | None = None  # [layers, D], over the prompt's tokens after the prefix
+    generated_ids: list[int] = field(default_factory=list)  # the end token included
+    logprobs: list[float] = field(default_factory=list)  # one for each generated token
+    first_token_entropy: float = math.nan  # nats
+    is_truncated: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """What the model gives for a prompt."""
+
+    prompt: Prompt
+    image_sha256: str
+    vectors: dict[str, np.ndarray]  # by their names in the file, float32
+    answer_ids: list[int]  # without the end token
+    is_truncated: bool  # the token limit was reached first
+    logprobs: list[float]  # natural log of each generated token's probability, end token included
+    first_token_entropy: float  # nats
+
+    @property
+    def row(self) -> Row:
+        return self.prompt.row
 
 
 @dataclass(frozen=True)
@@ -148,134 +228,161 @@ class Failure:
     error: str
 
 
-@dataclass(frozen=True, eq=False)
-class Question:
-    """One row as the model reads it."""
-
-    row: Row
-    input_ids: list[int]  # [T]
+Outcome = Sample | Failure
 
 
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """An image, and the questions about it."""
+@dataclass(frozen=True)
+class Settings:
+    """What the stored vectors depend on: an output directory has one set of them.
 
-    pixel_values: Tensor  # [3, height, width]
-    image_sha256: str  # of the file
-    questions: list[Question]
+    The rows' hash is there too. Processes that work together must have the same rows; a later run
+    may have others.
+    """
+
+    schema_version: int
+    model_revision: str
+    dtype: str
+    layers: list[int]
+    max_new_tokens: int
+    prompt: str  # the chat template with {question}
+    checkpoint_interval: int
+    dataset_sha256: str  # of the four columns used
 
 
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """What the model gives for a question."""
-
-    question: Question
-    image_sha256: str
-    vectors: dict[str, np.ndarray]  # by their names in the file, float32
-    answer_ids: list[int]  # without the end token
-    is_truncated: bool
-    logprobs: list[float]  # natural log of every generated token's probability, the end included
-    first_token_entropy: float  # nats
+def describe_differences(stored: Mapping, current: Mapping) -> str:
+    """Which values of `current` are not the stored ones, with both; empty if all are."""
+    differing = [name for name in current if stored.get(name) != current[name]]
+    return "; ".join(
+        f"{name} was {stored.get(name)!r} and is {current[name]!r}" for name in differing
+    )
 
 
 # ─────────────────────────────────── reading rows and images ───────────────────────────────────
 def read_rows(csv_path: Path) -> list[Row]:
-    """Every row of the CSV, text as it stands: `007`, `NA`, `None` and empty answers survive."""
+    """Every row of the CSV. Texts stay as they are: `007`, `NA`, `None` and empty answers.
+
+    Raises ExtractionError with the number of the line that is wrong.
+    """
     csv.field_size_limit(sys.maxsize)
     rows: dict[str, Row] = {}
     try:
         with open(csv_path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            columns = find_columns(list(reader.fieldnames or ()))
-            for line in reader:
-                if None in line or None in line.values():  # a key for too many, values for few
-                    than = "more" if None in line else "fewer"
-                    raise ValueError(f"{than} fields than the header; check its commas")
-                row = Row(**{name: line[column] for name, column in columns.items()})
-                if any("\0" in text for text in dataclasses.astuple(row)):
-                    raise ValueError("holds a NUL byte; remove it")
-                if not row.question_id.strip():
-                    raise ValueError("the question_id is empty")
+            columns = find_columns(list(reader.fieldnames or []))
+            for fields in reader:
+                row = make_row(fields, columns)
                 if row.question_id in rows:
                     raise ValueError(f"question_id {row.question_id!r} appears twice")
                 rows[row.question_id] = row
             if not rows:
-                raise ValueError("no rows; expected a header and a line a question")
+                raise ValueError("no rows; expected a header line, then one line per question")
     except OSError as error:
         raise ExtractionError(f"cannot read {csv_path}: {error}") from error
     except UnicodeDecodeError as error:
-        raise ExtractionError(f"{csv_path} is not UTF-8: {error.reason}; convert it") from error
+        raise ExtractionError(f"{csv_path} is not UTF-8: {error.reason} | convert it") from error
     except (csv.Error, ValueError) as error:
-        advice = "; check the quotes there" if isinstance(error, csv.Error) else ""
-        told = f"{csv_path}, line {reader.reader.line_num}: {error}{advice}"
-        raise ExtractionError(told) from error
+        advice = " | check the quotes there" if isinstance(error, csv.Error) else ""
+        line_num = reader.reader.line_num
+        raise ExtractionError(f"{csv_path}, line {line_num}: {error}{advice}") from error
     return list(rows.values())
 
 
 def find_columns(header: list[str]) -> dict[str, str]:
-    """What the CSV calls each field of `Row`. Raises ValueError: missing, or there twice."""
+    """What the CSV calls each field of `Row`. Raises ValueError if one is missing or ambiguous."""
+    if not header:
+        raise ValueError("no rows; expected a header line, then one line per question")
+    if len(header) == 1 and re.search("[;\t]", header[0]):
+        raise ValueError("it looks separated by semicolons or tabs: save it with commas")
     columns = {}
     for name, accepted in COLUMNS.items():
-        named, present = " or ".join(accepted), [c for c in header if c in accepted]
+        present = [column for column in header if column in accepted]
+        if not present:
+            wanted = " or ".join(accepted)
+            raise ValueError(f"column {wanted} is not there; its columns: {header}")
         if len(set(present)) > 1:
             raise ValueError(f"columns {' and '.join(present)} are both there; remove one")
         if len(present) > 1:
             raise ValueError(f"column {present[0]} is there twice; remove one")
-        if len(header) == 1 and re.search("[;\t]", header[0]):
-            raise ValueError("it looks separated by semicolons or tabs: save it with commas")
-        if header and not present:
-            raise ValueError(f"column {named} is not there; its columns: {header}")
-        columns[name] = next(iter(present), "")
+        columns[name] = present[0]
     return columns
 
 
+def make_row(fields: dict, columns: dict[str, str]) -> Row:
+    """A line of the CSV as a `Row`. Raises ValueError."""
+    if None in fields:  # where csv puts surplus values
+        raise ValueError("more fields than the header; check its commas")
+    if None in fields.values():
+        raise ValueError("fewer fields than the header; check its commas")
+    row = Row(
+        question_id=fields[columns["question_id"]],
+        image_id=fields[columns["image_id"]],
+        question=fields[columns["question"]],
+        ground_truth=fields[columns["ground_truth"]],
+    )
+    if any("\0" in text for text in dataclasses.astuple(row)):
+        raise ValueError("there is a NUL byte in it; remove it")
+    if not row.question_id.strip():
+        raise ValueError("the question_id is empty")
+    return row
+
+
 def group_by_image(rows: Iterable[Row]) -> list[list[Row]]:
-    """The rows of every image, images as they first appear."""
+    """The rows of each image; images in the order in which they first appear."""
     by_image: dict[str, list[Row]] = {}
     for row in rows:
         by_image.setdefault(row.image_id, []).append(row)
     return list(by_image.values())
 
 
-def plan_parts(rows: list[Row], interval: int) -> dict[int, list[Row]]:
-    """The rows of every part: image by image, as they first appear, `interval` rows a part."""
-    ordered = list(itertools.chain.from_iterable(group_by_image(rows)))
-    starts = range(0, len(ordered), interval)
-    return {k: ordered[start : start + interval] for k, start in enumerate(starts, start=1)}
+def plan_parts(rows: list[Row], interval: int) -> list[list[Row]]:
+    """The rows of each part: image by image, `interval` rows to a part."""
+    ordered = [row for about_image in group_by_image(rows) for row in about_image]
+    return [ordered[start : start + interval] for start in range(0, len(ordered), interval)]
 
 
 def find_image(images_dir: Path, image_id: str) -> Path:
-    """Its path. Raises RowError: it is no file, or not inside `images_dir`."""
+    """The path of an image. Raises RowError if it is no file, or not inside `images_dir`."""
     root = os.path.abspath(images_dir)
     path = os.path.normpath(os.path.join(root, image_id))
     if not image_id.strip() or not path.startswith(os.path.join(root, "")):
         raise RowError(f"image_id {image_id!r} does not name a file inside {images_dir}")
-    if not os.path.isfile(path):  # but a pipe, say
+    if not os.path.isfile(path):  # a pipe, for example, would never end
         raise RowError(f"{path} does not exist, or is no file")
     return Path(path)
 
 
-def open_image(images_dir: Path, image_id: str) -> tuple[Image.Image, str]:
-    """The image, upright and RGB, and the sha256 of its file. Raises RowError."""
-    path, limit = find_image(images_dir, image_id), Image.MAX_IMAGE_PIXELS
+def open_image(images_dir: Path, image_id: str) -> tuple[Image.Image, str, bool]:
+    """An image, upright and RGB; the sha256 of its file; whether it was partly transparent.
+
+    Converting to RGB drops the transparency, as transformers does. Raises RowError.
+    """
+    path = find_image(images_dir, image_id)
+    max_pixels = Image.MAX_IMAGE_PIXELS
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
-            if image.width * image.height > limit:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than {limit:,}")
-            if image.mode[0] in "IF":  # Pillow would cut every value off at 255
+            if image.width * image.height > max_pixels:
+                raise ValueError(
+                    f"{image.width} x {image.height} pixels are more than {max_pixels:,}"
+                )
+            if image.mode[0] in "IF":  # Pillow would cut off every value above 255
                 raise ValueError(f"its mode is {image.mode}; convert it to 8 bits a channel")
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-        return upright, hashlib.sha256(content).hexdigest()
-    except Exception as error:  # Pillow's decoders let anything through: struct.error, TypeError …
-        is_no_image = isinstance(error, Image.UnidentifiedImageError)
-        reason = f"it begins with {content[:16]!r}" if is_no_image else str(error)
+            upright = ImageOps.exif_transpose(image)
+        is_transparent = False
+        if upright.has_transparency_data:
+            is_transparent = upright.convert("RGBA").getchannel("A").getextrema()[0] < 255
+        return upright.convert("RGB"), hashlib.sha256(content).hexdigest(), is_transparent
+    except Exception as error:  # Pillow's decoders raise anything: struct.error, TypeError, ...
+        reason = str(error)
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = f"it begins with {content[:16]!r}"
         raise RowError(f"{path} cannot be read as an image: {reason}") from error
 
 
 def check_images(rows: list[Row], images_dir: Path) -> None:
-    """Say how many images are missing. Raises ExtractionError if all of them are."""
-    image_ids, missing = dict.fromkeys(row.image_id for row in rows), []
+    """Warn of images that are missing. Raises ExtractionError if all of them are."""
+    image_ids = dict.fromkeys(row.image_id for row in rows)
+    missing = []
     for image_id in image_ids:
         try:
             find_image(images_dir, image_id)
@@ -291,664 +398,920 @@ def check_images(rows: list[Row], images_dir: Path) -> None:
 
 
 # ────────────────────────────────────── loading the model ──────────────────────────────────────
+ADAPTER_TENSOR = re.compile(
+    r"(^|[._])(lora|loha|lokr|hada|ia3|oft|boft|vera|adapter|base_layer)[._]"
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's small files: enough to plan and check a run before the weights are loaded."""
+
+    name: str  # as the user gave it
+    directory: Path
+    revision: str  # the hub's commit; for a local directory a hash of what is in it
+    config: transformers.PretrainedConfig
+    processor: transformers.ProcessorMixin
+
+
 @contextlib.contextmanager
-def explain_load_errors(model: str) -> Iterator[None]:
-    """Turn what is raised for a missing, gated or broken model into one line."""
+def explain_load_errors(model_name: str) -> Iterator[None]:
+    """Turn whatever a missing, gated or broken model raises into one line."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except ExtractionError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:800] or type(error).__name__
-        advice = "the directory must hold the whole model, its weights as *.safetensors"
-        if not Path(model).is_dir():
-            page = f"https://huggingface.co/{model}"
-            advice = f"if it is gated, accept its licence at {page} and run `hf auth login`; "
-            advice += "if it is here already, name the place: --cache-dir or --model DIR"
-        raise ExtractionError(f"cannot load {model}: {reason} | {advice}") from error
+    except Exception as error:  # validation in transformers has exceptions of its own
+        reason = " ".join(str(error).split())[:MAX_MESSAGE] or type(error).__name__
+        advice = ""
+        if isinstance(error, (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError)):
+            page = f"https://huggingface.co/{model_name}"
+            advice = f" | if it is gated, accept its licence at {page} and run `hf auth login`; "
+            advice += "if it is on this machine, name the place: --cache-dir or --model DIR"
+        elif isinstance(error, OSError):
+            advice = " | the directory must contain the whole model, with *.safetensors weights"
+        raise ExtractionError(f"cannot load {model_name}: {reason}{advice}") from error
 
 
-def find_model(options: Options) -> tuple[Path, str]:
-    """The model's directory, with all of its small files, and its revision: a hub's commit, or of a
-    local directory a hash of its files' names, sizes and contents, of large ones by samples.
-    """
-    name, directory, small = options.model, Path(options.model), ["*.json", "*.jinja", "*.model"]
-    if not directory.is_dir():
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether memory ran out, of the device or of the host; libraries say so in several ways."""
+    signs = ("ALLOC_FAILED", "out of memory", "can't allocate memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        sign in str(error) for sign in signs
+    )
+
+
+def find_checkpoint(name: str, hub_revision: str, cache_dir: Path | None) -> Checkpoint:
+    """The model's small files, downloaded if need be. Raises ValueError if we cannot run it."""
+    directory = Path(name)
+    is_local = directory.is_dir()
+    if not is_local:
         if name.startswith(("/", ".", "~")) or name.count("/") > 1:
             raise ExtractionError(f"--model {name}: there is no such directory | check the path")
-        where = {"cache_dir": options.cache_dir, "revision": options.revision}
-        directory = Path(snapshot_download(name, allow_patterns=small, **where))
-        return directory, directory.name
-    digest = hashlib.sha256()
-    for path in sorted(directory.glob("*")):
-        if path.suffix in (".json", ".jinja", ".model", ".safetensors"):
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size} ".encode())
-            with open(path, "rb") as file:
-                for start in range(0, size, max(SAMPLED_BYTES, size // 256)):
-                    file.seek(start)
-                    digest.update(file.read(SAMPLED_BYTES))
-    return directory, digest.hexdigest()
-
-
-def fetch_weights(options: Options, directory: Path) -> None:
-    """Download the weights of a hub's model, unless they are all there."""
-    index_path, needed = directory / "model.safetensors.index.json", {"model.safetensors"}
-    if index_path.exists():
-        needed = set(json.loads(index_path.read_text())["weight_map"].values())
-    if not (Path(options.model).is_dir() or all((directory / name).exists() for name in needed)):
-        where = {"cache_dir": options.cache_dir, "revision": directory.name}
-        snapshot_download(options.model, allow_patterns=["*.safetensors"], **where)
-
-
-def load_processor(directory: Path):
-    """The model's config and processor: small files, enough to plan and check a run."""
+        directory = find_in_hub(name, hub_revision, cache_dir)
+    check_which_weights(directory, is_local)
     config = transformers.AutoConfig.from_pretrained(directory)
     if config.model_type != "gemma3":
         raise ValueError(f"its type is {config.model_type}; expected gemma3 (4B, 12B or 27B)")
     if quantised := getattr(config, "quantization_config", None):
-        method = dict(quantised).get("quant_method", "a method")
-        raise ValueError(f"quantised weights ({method}) are not supported; take the original")
-    # With torchvision's back end pixels differ by 1/255 in places; Pillow is always there.
-    return config, transformers.AutoProcessor.from_pretrained(directory, backend="pil")
+        method = dict(quantised).get("quant_method", "some method")
+        raise ValueError(f"quantised weights ({method}) are not supported; take the original ones")
+    # With torchvision's backend pixels differ by 1/255 in places; Pillow is always there.
+    processor = transformers.AutoProcessor.from_pretrained(directory, backend="pil")
+    if not processor.chat_template:
+        raise ValueError(
+            "it has no chat template, like all base checkpoints; take the instruction-tuned one "
+            "(-it), or copy its chat_template.jinja into the directory"
+        )
+    revision = hash_local_model(directory) if is_local else directory.name
+    return Checkpoint(name, directory, revision, config, processor)
 
 
-def check_device(name: str) -> torch.device:
-    """The device; under a launcher, `cuda` is this process's card. Raises ExtractionError."""
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.empty(0, device=name).device
-        if device.type == "cuda":
-            torch.accelerator.set_device_index(device.index)
-        return device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ExtractionError(f"--device {name}: {reason} | without a GPU: --device cpu") from error
+def find_in_hub(name: str, revision: str, cache_dir: Path | None) -> Path:
+    """The snapshot of a hub's model: a whole one in the machine's cache, or our own download."""
+    if cache_dir is None:
+        with contextlib.suppress(LocalEntryNotFoundError):
+            cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
+            if (cached / "config.json").exists() and has_all_weights(cached):
+                log.info("the model is in this machine's Hugging Face cache: %s", cached)
+                return cached
+        cache_dir = Path("model_cache")
+    snapshot = snapshot_download(
+        name, revision=revision, cache_dir=cache_dir, allow_patterns=SMALL_FILES
+    )
+    return Path(snapshot)
 
 
-def choose_layers(asked: tuple[int, ...] | str | None, n: int) -> list[int]:
-    """Of n layers those asked for, negatives from the end, or HALP's: first, quarters, last."""
+def list_weights(directory: Path) -> set[str]:
+    """The names of the files that the weights are in."""
+    index_path = directory / INDEX_NAME
+    if not index_path.exists():
+        return {WEIGHTS_NAME}
+    return set(json.loads(index_path.read_text())["weight_map"].values())
+
+
+def has_all_weights(directory: Path) -> bool:
+    return all((directory / name).exists() for name in list_weights(directory))
+
+
+def download_weights(checkpoint: Checkpoint) -> None:
+    """Download the weights of a hub's model, unless they are all there."""
+    directory = checkpoint.directory
+    if Path(checkpoint.name).is_dir() or has_all_weights(directory):
+        return
+    snapshot_download(
+        checkpoint.name,
+        revision=checkpoint.revision,
+        cache_dir=directory.parents[2],  # of {cache_dir}/models--org--name/snapshots/{commit}
+        allow_patterns=["*.safetensors"],
+    )
+
+
+def check_which_weights(directory: Path, is_local: bool) -> None:
+    """Raises ExtractionError where it is unclear which weights of a directory are meant."""
+    if (directory / "adapter_config.json").exists():
+        raise ExtractionError(
+            f"{directory} has an adapter beside the weights (adapter_config.json) "
+            "| merge it into the weights first, or remove it"
+        )
+    has_both = (directory / WEIGHTS_NAME).exists() and (directory / INDEX_NAME).exists()
+    if is_local and has_both and WEIGHTS_NAME not in list_weights(directory):
+        raise ExtractionError(
+            f"{directory} has both {WEIGHTS_NAME} and {INDEX_NAME}, and transformers would load "
+            "the first | remove the one that is out of date"
+        )
+
+
+def hash_local_model(directory: Path) -> str:
+    """A hash of the small files and of each tensor's name, shape, type and first 64 KiB."""
+    digest = hashlib.sha256()
+    small = [path for pattern in SMALL_FILES for path in directory.glob(pattern)]
+    for path in sorted(small):
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
+        digest.update(path.read_bytes())
+    for path in sorted(directory.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            # The format: eight bytes with the header's length, the header as JSON, the tensors.
+            header_size = int.from_bytes(file.read(8), "little")
+            header = file.read(min(header_size, path.stat().st_size))
+            digest.update(header)
+            for name, entry in json.loads(header).items():
+                if name != "__metadata__":
+                    start, stop = entry["data_offsets"]
+                    file.seek(8 + header_size + start)
+                    digest.update(file.read(min(stop - start, HASHED_BYTES)))
+    return digest.hexdigest()
+
+
+def choose_layers(asked: tuple[int, ...] | str | None, num_layers: int) -> list[int]:
+    """The layers asked for, negatives from the end; by default HALP's: first, quarters, last."""
     if asked == "all":
-        return list(range(n))
-    chosen = asked or (0, n // 4, n // 2, 3 * n // 4, n - 1)
-    if wrong := [i for i in chosen if not -n <= i < n]:
-        raise ExtractionError(f"--layers {wrong[0]}: the model has layers 0 to {n - 1}")
-    return sorted({i % n for i in chosen})
+        return list(range(num_layers))
+    quarters = (0, num_layers // 4, num_layers // 2, 3 * num_layers // 4, num_layers - 1)
+    chosen = asked or quarters
+    for layer_idx in chosen:
+        if not -num_layers <= layer_idx < num_layers:
+            raise ExtractionError(
+                f"--layers {layer_idx}: the model has layers 0 to {num_layers - 1}"
+            )
+    return sorted({layer_idx % num_layers for layer_idx in chosen})
 
 
-def short_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
-    """Gemma3RMSNorm's `forward`, the same in three operations instead of ten."""
-    if not hasattr(norm, "scale"):  # made at the first call, when an offloaded weight is there
-        norm.scale = 1.0 + norm.weight.detach().float()
-    normed = nn.functional.rms_norm(hidden.float(), norm.scale.shape, norm.scale, norm.eps)
-    return normed.type_as(hidden)
-
-
-def load_model(options: Options, directory: Path, config, device: torch.device):
-    """The whole model, in evaluation mode, its weights from safetensors and complete."""
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, device_map: str | None
+) -> nn.Module:
+    """The whole model in evaluation mode, from safetensors. Raises ValueError if weights lack."""
     torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
-    torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for every length, 23 to 37 ms each
-    Gemma3RMSNorm.forward = short_norm
+    # cuDNN's attention plans anew for each length, 23 to 37 ms each, and decoding has a new length
+    # at every step.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+    placement, max_memory = place_weights(checkpoint.config, dtype, device, device_map)
     model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-        directory,
-        dtype=getattr(torch, options.dtype),
+        checkpoint.directory,
+        dtype=dtype,
         attn_implementation="sdpa",  # flash attention cannot carry the image mask
         use_safetensors=True,
         output_loading_info=True,
-        **place_weights(options, config, device),
+        device_map=placement,
+        max_memory=max_memory,
     )
-    if absent := sorted(report["missing_keys"]) + sorted(report["mismatched_keys"]):
-        raise ValueError(f"{len(absent)} weights are missing or misshapen, first {absent[0]}")
+    check_tensors(report)
+    set_norm(model, short_norm)
     return model.eval()
 
 
-def place_weights(options: Options, config, device: torch.device) -> dict:
-    """For transformers: what does not fit on the cards beside the work stays in host memory."""
+def check_tensors(report: dict) -> None:
+    """Look at what transformers says of the tensors that it loaded. Raises ValueError."""
+    unknown = sorted(report["unexpected_keys"])
+    if adapted := [name for name in unknown if ADAPTER_TENSOR.search(name)]:
+        raise ValueError(f"an adapter is in its weights ({adapted[0]} ...); merge it first")
+    absent = sorted(map(str, report["missing_keys"])) + sorted(map(str, report["mismatched_keys"]))
+    if absent:
+        raise ValueError(f"{len(absent)} weights are missing or misshapen, first {absent[0]}")
+    if unknown:
+        log.warning("%d tensors are not Gemma 3's and not used: %s ...", len(unknown), unknown[0])
+
+
+def short_norm(norm: Gemma3RMSNorm, hidden_states: Tensor) -> Tensor:
+    """What `Gemma3RMSNorm.forward` computes, in three operations instead of ten."""
+    if not hasattr(norm, "scale"):  # made at the first call, when an offloaded weight is there
+        norm.scale = 1.0 + norm.weight.detach().float()
+    normed = nn.functional.rms_norm(hidden_states.float(), norm.scale.shape, norm.scale, norm.eps)
+    return normed.type_as(hidden_states)
+
+
+def set_norm(model: nn.Module, forward: Callable[[Gemma3RMSNorm, Tensor], Tensor]) -> None:
+    """Let every Gemma3RMSNorm of the model run this `forward`."""
+    for module in model.modules():
+        if isinstance(module, Gemma3RMSNorm):
+            # accelerate wraps `forward` where it offloads or spreads, and calls `_old_forward`.
+            name = "_old_forward" if hasattr(module, "_old_forward") else "forward"
+            setattr(module, name, types.MethodType(forward, module))
+
+
+def list_cards(device: torch.device, device_map: str | None) -> list[int]:
+    """The CUDA cards that the model goes to; none on another device."""
     if device.type != "cuda":
-        return {"device_map": options.device_map or {"": device}}
+        return []
+    return list(range(torch.cuda.device_count())) if device_map else [device.index]
+
+
+def place_weights(
+    config, dtype: torch.dtype, device: torch.device, device_map: str | None
+) -> tuple[str | dict, dict | None]:
+    """`device_map` and `max_memory` for transformers.
+
+    Weights that do not fit on the cards beside the work stay in host memory; the log says so.
+    """
+    room = {}
+    for card in list_cards(device, device_map):
+        free = torch.cuda.mem_get_info(card)[0]
+        room[card] = max(0, int(0.9 * free) - WORKING_MEMORY)  # a tenth is left for lanes
+    if not room:
+        return device_map or {"": device}, None
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(config)
-    itemsize = getattr(torch, options.dtype).itemsize
-    cards = range(torch.cuda.device_count()) if options.device_map else [device.index]
-    needed = pass_memory(config, itemsize)
-    room = {card: int(0.9 * torch.cuda.mem_get_info(card)[0] - needed) for card in cards}
-    num_hosted = model.num_parameters() * itemsize - sum(room.values())
-    if not options.device_map and num_hosted <= 0:
-        return {"device_map": {"": device}}
-    if num_hosted > 0:
-        log.info("%.1f GiB of the weights stay in host memory: slower", num_hosted / 2**30)
-    return {"device_map": "auto", "max_memory": room | {"cpu": get_max_memory()["cpu"]}}
+    num_hosted_bytes = model.num_parameters() * dtype.itemsize - sum(room.values())
+    if num_hosted_bytes <= 0 and device_map is None:
+        return {"": device}, None
+    if num_hosted_bytes > 0:
+        log.info("%.1f GiB of the weights stay in host memory: slower", num_hosted_bytes / 2**30)
+    return "auto", room | {"cpu": get_max_memory()["cpu"]}
 
 
-def choose_batch_size(options: Options, config, num_slots: int, device: torch.device) -> int:
-    """`--batch-size`, or what suits the device; the log says why."""
-    if options.batch_size:
-        return options.batch_size
-    if device.type != "cuda":
-        log.info("batch size %d: a fixed number for a %s", CPU_BATCH_SIZE, device.type)
+def choose_batch_size(config, dtype: torch.dtype, cards: list[int], num_slots: int) -> int:
+    """How many lanes of `num_slots` tokens suit the cards, or a CPU; the log says why."""
+    if not cards:
+        log.info("batch size %d: a fixed number where there is no CUDA card", CPU_BATCH_SIZE)
         return CPU_BATCH_SIZE
-    cards = range(torch.cuda.device_count()) if options.device_map else [device.index]
     free = min(torch.cuda.mem_get_info(card)[0] for card in cards)
-    size = fit_batch_size(free, config, getattr(torch, options.dtype).itemsize, num_slots)
-    log.info("batch size %d: %.1f GiB are free beside the model", size, free / 2**30)
-    return size
+    batch_size = fit_batch_size(free, config, dtype, num_slots)
+    log.info("batch size %d: %.1f GiB are free beside the model", batch_size, free / 2**30)
+    return batch_size
 
 
-def fit_batch_size(free: int, config, itemsize: int, num_slots: int) -> int:
-    """How many lanes of `num_slots` tokens fit into `free` bytes beside what a pass needs."""
+def fit_batch_size(free: int, config, dtype: torch.dtype, num_slots: int) -> int:
+    """How many lanes fit into `free` bytes beside the working memory, a twentieth to spare."""
     text = config.text_config
-    slot_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * itemsize
-    fitting = (0.95 * free - pass_memory(config, itemsize)) / (slot_bytes * num_slots)
-    return max(1, min(MAX_BATCH_SIZE, int(fitting)))
+    num_values = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim  # of a slot
+    num_lanes = (0.95 * free - WORKING_MEMORY) / (num_values * dtype.itemsize * num_slots)
+    return max(1, min(MAX_BATCH_SIZE, int(num_lanes)))
 
 
-def pass_memory(config, itemsize: int) -> int:
-    """Bytes that passes need at most beside weights and lanes."""
-    text, vision = config.text_config, config.vision_config
-    num_patches = MAX_PASS_IMAGES * (vision.image_size // vision.patch_size) ** 2
-    decoder = MAX_PASS_TOKENS * (3 * text.intermediate_size + 8 * text.hidden_size) * itemsize
-    logits = MAX_BATCH_SIZE * text.vocab_size * (itemsize + 12)
-    tower = num_patches * (2 * vision.intermediate_size + 6 * vision.hidden_size) * itemsize
-    slot_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * itemsize
-    cache = MAX_PASS_IMAGES * (config.mm_tokens_per_image + 6) * slot_bytes
-    return decoder + logits + tower + cache
-
-
-# ──────────────────────────────── prompts, and pictures read ahead ─────────────────────────────
+# ──────────────────────────────── prompts, and images read ahead ───────────────────────────────
 class Prompter:
     """Turns questions and images into what the model reads, with the model's own processor.
 
-    `prefix` are the tokens up to and with <end_of_image>, the same in every prompt.
+    `prefix` is the token ids up to and including <end_of_image>, the same in every prompt; its
+    image soft tokens are at `soft_start` to `soft_stop - 1`.
     """
 
     def __init__(self, processor, config) -> None:
         self.processor = processor
         self._tokenizer = processor.tokenizer
-        added = self._tokenizer.added_tokens_decoder.items()
-        self._special = {token_id for token_id, token in added if token.special}
-        self._special.add(config.image_token_id)
+        added = self._tokenizer.added_tokens_decoder
+        self._special_ids = {token_id for token_id, token in added.items() if token.special}
+        self._special_ids.add(config.image_token_id)
         self._lock = threading.Lock()  # a fast tokenizer must not serve two threads at once
         plain = self._encode("?")
         if plain.count(self._tokenizer.bos_token_id) != 1:
             raise ValueError("its chat template does not give exactly one <bos>")
-        soft = [pos for pos, token in enumerate(plain) if token == config.image_token_id]
+        soft = [pos for pos, token_id in enumerate(plain) if token_id == config.image_token_id]
         if len(soft) != config.mm_tokens_per_image or soft != list(range(soft[0], soft[-1] + 1)):
             raise ValueError(f"{len(soft)} image soft tokens in a prompt, or not in one run")
-        self.soft_start, self.soft_stop = soft[0], soft[-1] + 1
+        self.soft_start = soft[0]
+        self.soft_stop = soft[-1] + 1
         self.prefix = plain[: self.soft_stop + 1]
-        self._plain_special = [token for token in plain if token in self._special]
+        self._plain_specials = [token_id for token_id in plain if token_id in self._special_ids]
 
     def render(self, question: str) -> str:
         """The chat template with one user turn, image then question, and the generation prompt."""
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        turns, how = [{"role": "user", "content": content}], {"add_generation_prompt": True}
-        return self.processor.apply_chat_template(turns, tokenize=False, **how)
+        turns = [make_user_turn({"type": "image"}, question)]
+        return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
     def _encode(self, question: str) -> list[int]:
-        boi, image = self.processor.boi_token, self.processor.full_image_sequence
-        text = self.render(question).replace(boi, image, 1)  # the image stands first
+        boi_token = self.processor.boi_token
+        full_image = self.processor.full_image_sequence
+        text = self.render(question).replace(boi_token, full_image, 1)  # the image comes first
         with self._lock:
             return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def tokenize(self, question: str) -> list[int]:
-        """`input_ids` [T]. Raises RowError if the question is empty or holds special tokens."""
+        """`input_ids` [T]. Raises RowError if the question is empty or has special tokens in it."""
         if not question.strip():
             raise RowError("the question is empty")
         input_ids = self._encode(question)
-        special = [token for token in input_ids if token in self._special]
-        if special != self._plain_special:
-            names = set(self._tokenizer.convert_ids_to_tokens(special))
-            held = [name for name in sorted(names) if name in question]
-            raise RowError(f"the question holds special tokens as text: {' '.join(held)}")
+        specials = [token_id for token_id in input_ids if token_id in self._special_ids]
+        if specials != self._plain_specials:
+            names = sorted(set(self._tokenizer.convert_ids_to_tokens(specials)))
+            found = " ".join(name for name in names if name in question)
+            raise RowError(f"the question has special tokens in its text: {found}")
         if input_ids[: len(self.prefix)] != self.prefix:
-            raise RowError("its prompt does not begin as that of other questions")
+            raise RowError("its prompt does not begin like those of other questions")
         return input_ids
+
+    def end_of_turn(self) -> int | None:
+        """The special token that the chat template puts after a model's turn."""
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "?"}]}
+        turns = [make_user_turn({"type": "image"}, "?"), answer]
+        text = self.processor.apply_chat_template(turns, tokenize=False)
+        after_answer = text.rpartition("?")[2]
+        input_ids = self._tokenizer(after_answer, add_special_tokens=False)["input_ids"]
+        return next((token_id for token_id in input_ids if token_id in self._special_ids), None)
 
     def pixels(self, image: Image.Image) -> Tensor:
         """`pixel_values` of one image, [3, height, width], float32."""
         return self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
 
     def decode(self, answer_ids: list[int]) -> str:
-        """An answer's text: no special tokens, whitespace kept; NUL would end it in HDF5."""
-        plainly = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        text = self._tokenizer.decode(answer_ids, **plainly)
-        return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+        """An answer's text: without special tokens, whitespace kept."""
+        text = self._tokenizer.decode(
+            answer_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text.replace("\0", "\N{REPLACEMENT CHARACTER}")  # NUL would end a string in HDF5
 
 
-def read_picture(options: Options, prompter: Prompter, rows: list[Row]) -> tuple:
-    """A `Picture` of the rows about one image, or None, and the failures of other rows."""
-    questions, failures = [], []
-    for row in rows:
+def make_user_turn(image: dict, question: str) -> dict:
+    """A user's turn for a chat template: the image, then the question."""
+    return {"role": "user", "content": [image, {"type": "text", "text": question}]}
+
+
+@dataclass
+class ImageReader:
+    """Reads images and their questions in threads, while the model works on earlier ones."""
+
+    prompter: Prompter
+    images_dir: Path
+    dtype: torch.dtype
+    num_workers: int
+    is_pinned: bool  # images are in memory that a card copies from while it computes
+    transparent: list[str] = field(default_factory=list)  # image_ids that lost transparency
+
+    def read_ahead(
+        self, parts: Iterable[list[Row]], fail: Callable[[Failure], None]
+    ) -> Iterator[PreparedImage]:
+        """Images with their prompts, in order, part by part. Rows that cannot be read go to `fail`.
+
+        Only a few images are in memory at a time.
+        """
+        with ThreadPoolExecutor(self.num_workers) as pool:
+            jobs = (pool.submit(self.prepare, rows) for rows in rows_by_image(parts))
+            pending = deque(itertools.islice(jobs, 2 * self.num_workers + 1))
+            try:
+                while pending:
+                    image, failures = pending.popleft().result()
+                    for failure in failures:
+                        fail(failure)
+                    if image is not None:
+                        yield image
+                    pending.extend(itertools.islice(jobs, 1))
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def prepare(self, rows: list[Row]) -> tuple[PreparedImage | None, list[Failure]]:
+        """What the model reads of the rows about one image, and the rows that cannot be read."""
+        prompts = []
+        failures = []
+        for row in rows:
+            try:
+                prompts.append(Prompt(row, self.prompter.tokenize(row.question)))
+            except RowError as error:
+                failures.append(Failure(row, str(error)))
+        if not prompts:
+            return None, failures
+        image_id = rows[0].image_id
         try:
-            questions.append(Question(row, prompter.tokenize(row.question)))
+            image, sha256, is_transparent = open_image(self.images_dir, image_id)
         except RowError as error:
-            failures.append(Failure(row, str(error)))
-    if not questions:
-        return None, failures
-    try:
-        image, sha256 = open_image(options.images_dir, rows[0].image_id)
-    except RowError as error:
-        return None, failures + [Failure(question.row, str(error)) for question in questions]
-    pixel_values = prompter.pixels(image).to(getattr(torch, options.dtype))
-    return Picture(pixel_values, sha256, questions), failures
+            return None, failures + [Failure(prompt.row, str(error)) for prompt in prompts]
+        if is_transparent:
+            self.transparent.append(image_id)
+        pixel_values = self.prompter.pixels(image).to(self.dtype)
+        if self.is_pinned:
+            pixel_values = pixel_values.pin_memory()
+        return PreparedImage(pixel_values, sha256, prompts), failures
 
 
-def read_ahead(
-    options: Options, prompter: Prompter, parts: Iterable[list[Row]], fail: Callable
-) -> Iterator[Picture]:
-    """Images with their questions, in order, read by threads beside the model, part by part.
+def rows_by_image(parts: Iterable[list[Row]]) -> Iterator[list[Row]]:
+    """The rows about one image, part by part.
 
-    A `Failure` of a row that cannot be read goes to `fail`. Few images are in memory at a time.
+    Not one `groupby` over all parts: that reads a row ahead, and would claim the next part early.
     """
-    image_of = operator.attrgetter("image_id")
-    with ThreadPoolExecutor(options.num_workers) as pool:
-        by_image = (group for rows in parts for _, group in itertools.groupby(rows, image_of))
-        jobs = (pool.submit(read_picture, options, prompter, list(about)) for about in by_image)
-        pending = deque(itertools.islice(jobs, 2 * options.num_workers + 1))
-        try:
-            while pending:
-                picture, failures = pending.popleft().result()
-                for failure in failures:
-                    fail(failure)
-                if picture:
-                    yield picture
-                pending.extend(itertools.islice(jobs, 1))
-        finally:
-            pool.shutdown(cancel_futures=True)
+    for rows in parts:
+        for _, about_image in itertools.groupby(rows, operator.attrgetter("image_id")):
+            yield list(about_image)
 
 
 # ──────────────────────────────────────────── hooks ────────────────────────────────────────────
+@dataclass(eq=False)
+class CapturedStates:
+    """What the hooks saw in one pass over n rows: float32, still on the device."""
+
+    patch_mean: Tensor | None = None  # [n, D_v]; None where the vision tower did not run
+    kept_tokens: list[Tensor] = field(default_factory=list)  # [n, D] for each hooked layer
+    token_sums: list[Tensor] = field(default_factory=list)  # [n, D] for each hooked layer
+
+
 @contextlib.contextmanager
-def capture(model: nn.Module, layers: list[int], kept_pos: Tensor, lengths: Tensor) -> Iterator:
-    """Forward hooks on the vision tower and the chosen decoder layers, for one pass of n rows.
+def capture_states(
+    model: nn.Module, layers: list[int], kept_pos: Tensor, is_padding: Tensor
+) -> Iterator[CapturedStates]:
+    """Forward hooks on the vision tower and the chosen decoder layers, for one pass over n rows.
 
-    Gives what they will see, in float32: if the tower runs, the mean over its patches [n, D_v]; by
-    layer the token at index `kept_pos` [n] of each row, [n, D]; by layer the sum over a row's first
-    `lengths` [n] tokens, [n, D]: what stands behind them is padding.
+    Of each layer's output they keep the token at index `kept_pos` [n] of each row, and the sum over
+    the row's tokens except where `is_padding` [n, L]. All hooks are removed at the end.
     """
-    patches, kept, sums, handles = {}, {}, {}, []  # dicts, as `to_numpy` takes them
+    states = CapturedStates()
+    # Both are on the device before the pass: a copy within it would make the card wait. A model
+    # that accelerate has spread over several cards needs them on each, once.
+    indices = {kept_pos.device: (kept_pos[:, None, None], is_padding[:, :, None])}
 
-    def see_tower(module, args, output) -> None:
-        patches[0] = output.last_hidden_state.mean(dim=1, dtype=torch.float32)
+    def on_vision_tower(module, args, output) -> None:
+        states.patch_mean = output.last_hidden_state.mean(dim=1, dtype=torch.float32)
 
-    def see_layer(layer_idx: int, module, args, output: Tensor) -> None:
-        device = output.device  # [n, L, D]
-        index, count = kept_pos.to(device), lengths.to(device)
-        is_padding = torch.arange(output.shape[1], device=device) >= count[:, None]  # [n, L]
-        tokens = output.masked_fill(is_padding[:, :, None], 0)
-        sums[layer_idx] = tokens.sum(dim=1, dtype=torch.float32)
-        kept[layer_idx] = output[torch.arange(len(index), device=device), index].float()
+    def on_decoder_layer(module, args, output: Tensor) -> None:
+        if output.device not in indices:  # output: [n, L, D]
+            first = next(iter(indices.values()))
+            indices[output.device] = tuple(index.to(output.device) for index in first)
+        kept, padding = indices[output.device]
+        states.kept_tokens.append(torch.take_along_dim(output, kept, dim=1)[:, 0].float())
+        states.token_sums.append(output.masked_fill(padding, 0).sum(dim=1, dtype=torch.float32))
 
+    hooked = [model.model.language_model.layers[layer_idx] for layer_idx in layers]
+    handles = []
     try:
-        handles.append(model.model.vision_tower.register_forward_hook(see_tower))
-        for i in layers:
-            hook = functools.partial(see_layer, i)
-            handles.append(model.model.language_model.layers[i].register_forward_hook(hook))
-        yield patches, kept, sums
+        handles.append(model.model.vision_tower.register_forward_hook(on_vision_tower))
+        for layer in hooked:
+            handles.append(layer.register_forward_hook(on_decoder_layer))
+        yield states
     finally:
         for handle in handles:
             handle.remove()
 
 
-def to_numpy(vectors: dict[int, Tensor]) -> np.ndarray:
-    """Tensors [n, ...] side by side, in host memory: [n, tensors, ...]."""
-    device = next(iter(vectors.values())).device
-    return torch.stack([one.to(device) for one in vectors.values()], dim=1).cpu().numpy()
+def to_numpy(tensors: list[Tensor]) -> np.ndarray:
+    """Tensors [n, ...] as one array [n, tensors, ...] in host memory, read in one copy."""
+    device = tensors[0].device
+    return torch.stack([tensor.to(device) for tensor in tensors], dim=1).cpu().numpy()
 
 
 # ──────────────────────────────────────────── lanes ────────────────────────────────────────────
 class Lanes:
-    """Keys and values of the questions that are being answered, one lane each.
+    """The keys and values of all sequences that are running, one lane for each.
 
-    Those of a layer are [2, lanes, kv_heads, slots, head_dim], on the layer's device. A slot is a
-    position in the prompt and its answer, so what a lane holds behind its last token is seen by
-    nobody, and no lane sees another. Live lanes stand side by side from 0 on.
+    Those of a layer are one tensor [2, lanes, kv_heads, slots, head_dim] on the layer's device. A
+    slot is a position in the prompt and its answer. A lane sees its own slots only, and of these
+    only those up to the token that is run, so what lies behind has no effect as long as it is
+    finite.
     """
 
     def __init__(self) -> None:
-        self.shape = (0, 0)  # lanes, slots
+        self.num_lanes = 0
+        self.num_slots = 0
         self.layers: list[Tensor] = []
 
-    def resize(self, shape: tuple[int, int], num_live: int, cache) -> None:
-        """Make it [lanes, slots], layer by layer; the first `num_live` lanes stay."""
-        if shape == self.shape:
+    def resize(self, num_lanes: int, num_slots: int, num_kept: int, cache) -> None:
+        """Make it this size, layer by layer; the first `num_kept` lanes keep what is in them."""
+        if (num_lanes, num_slots) == (self.num_lanes, self.num_slots):
             return
-        num_slots = min(shape[1], self.shape[1])
-        for i, layer in enumerate(cache.layers):
+        num_shared = min(num_slots, self.num_slots)
+        if not num_kept:
+            self.layers = []
+        for layer_idx, layer in enumerate(cache.layers):
             _, num_heads, _, head_dim = layer.keys.shape
-            lanes = layer.keys.new_empty(2, shape[0], num_heads, shape[1], head_dim)
-            if num_live:
-                lanes[:, :num_live, :, :num_slots] = self.layers[i][:, :num_live, :, :num_slots]
-                lanes[:, :num_live, :, num_slots:] = 0
-            self.layers[i : i + 1] = [lanes]
-        self.shape = shape
+            lanes = layer.keys.new_empty(2, num_lanes, num_heads, num_slots, head_dim)
+            if num_kept:
+                old = self.layers[layer_idx]
+                lanes[:, :num_kept, :, :num_shared] = old[:, :num_kept, :, :num_shared]
+                lanes[:, :num_kept, :, num_shared:] = 0
+                self.layers[layer_idx] = lanes  # a layer's old ones are freed before the next
+            else:
+                self.layers.append(lanes)
+        self.num_lanes = num_lanes
+        self.num_slots = num_slots
 
-    def seat(self, start: int, cache, images: list[int]) -> None:
-        """Copy the prefix of one of the cache's images into each of the lanes from `start` on.
+    def fill(self, start: int, cache, image_indices: list[int]) -> None:
+        """Copy the prefix of one of the cache's images into each lane from `start` on.
 
-        The slots behind it become 0: attention multiplies what it does not see by 0, and NaN, which
-        the lane's last owner may have left, would survive that.
+        The slots behind it become 0. Attention multiplies what it must not see by 0, and a NaN that
+        an earlier sequence left there would survive that.
         """
-        index = torch.tensor(images)
+        index = torch.tensor(image_indices)
+        stop = start + len(image_indices)
         for layer, lanes in zip(cache.layers, self.layers, strict=True):
             index = index.to(lanes.device)
-            own, num_slots = lanes[:, start : start + len(images)], layer.keys.shape[2]
-            torch.index_select(layer.keys, 0, index, out=own[0, :, :, :num_slots])
-            torch.index_select(layer.values, 0, index, out=own[1, :, :, :num_slots])
-            own[:, :, :, num_slots:] = 0
+            num_filled = layer.keys.shape[2]
+            filled = lanes[:, start:stop, :, :num_filled]
+            torch.index_select(layer.keys, 0, index, out=filled[0])
+            torch.index_select(layer.values, 0, index, out=filled[1])
+            lanes[:, start:stop, :, num_filled:] = 0
 
-    def move(self, sources: list[int], targets: list[int]) -> None:
-        """Copy lanes into others."""
-        source, target = torch.tensor(sources), torch.tensor(targets)
+    def move(self, moves: list[tuple[int, int]]) -> None:
+        """Copy lanes into others, (source, target) each."""
+        if not moves:
+            return
+        index = torch.tensor(moves)  # [moves, 2]
         for lanes in self.layers:
-            source, target = source.to(lanes.device), target.to(lanes.device)
-            lanes[:, target] = lanes[:, source]
+            index = index.to(lanes.device)
+            lanes[:, index[:, 1]] = lanes[:, index[:, 0]]
 
 
-class LaneView:
-    """The lanes of one pass, n of them, as transformers' layers want a cache."""
+class LaneCache:
+    """n of the lanes, for one pass: what transformers' layers take as a cache."""
 
-    def __init__(self, lanes: Lanes, chosen: list[int], pos: Tensor, num_slots: int) -> None:
+    def __init__(self, lanes: Lanes, chosen: list[int], positions: Tensor, num_slots: int) -> None:
         self._layers = lanes.layers
-        self._chosen = torch.tensor(chosen, device=pos.device)  # [n]
-        self._pos = pos  # [n, L]
-        self._num_slots = num_slots  # that may be in use
-        side_by_side = range(chosen[0], chosen[0] + len(chosen))
-        self._slice = slice(chosen[0], side_by_side.stop) if chosen == list(side_by_side) else None
+        self._positions = positions  # [n, L]
+        self._num_slots = num_slots  # those that may be in use
+        self._index = torch.tensor(chosen).to(positions.device, non_blocking=True)  # [n]
+        self._slice = None
+        if chosen == list(range(chosen[0], chosen[0] + len(chosen))):
+            self._slice = slice(chosen[0], chosen[0] + len(chosen))  # a view, where an index copies
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_, **__) -> tuple:
-        """Store the tokens' [n, kv_heads, L, head_dim]; gives all that their lanes hold."""
+        """Store the tokens' [n, kv_heads, L, head_dim]; returns all that their lanes have."""
         lanes = self._layers[layer_idx]  # [2, lanes, kv_heads, slots, head_dim]
-        chosen, pos = self._chosen.to(keys.device), self._pos.to(keys.device)
-        lanes[0][chosen[:, None], :, pos] = keys.transpose(1, 2)  # [n, L, kv_heads, head_dim]
-        lanes[1][chosen[:, None], :, pos] = values.transpose(1, 2)
-        held = lanes[:, self._slice or chosen, :, : self._num_slots]  # of a slice no copy
-        return held[0], held[1]
+        index = self._index.to(keys.device)[:, None]
+        positions = self._positions.to(keys.device)
+        lanes[0][index, :, positions] = keys.transpose(1, 2)  # [n, L, kv_heads, head_dim]
+        lanes[1][index, :, positions] = values.transpose(1, 2)
+        chosen = index[:, 0] if self._slice is None else self._slice
+        seen = lanes[:, chosen, :, : self._num_slots]
+        return seen[0], seen[1]
 
 
-def causal_masks(pos: Tensor, num_slots: int, window: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What attention adds in each kind of layer, [n, 1, L, slots], for tokens at `pos` [n, L].
+def causal_masks(
+    positions: Tensor, num_slots: int, window: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """What attention adds for tokens at `positions` [n, L]: [n, 1, L, slots] per kind of layer.
 
-    A token sees its lane up to itself, in sliding layers `window` positions, itself included.
+    A token sees its lane up to itself; in sliding layers the last `window` positions, its own
+    included.
     """
-    slot = torch.arange(num_slots, device=pos.device)
-    distance = pos[:, None, :, None] - slot  # [n, 1, L, slots]
-    hidden = {"full_attention": distance < 0}
-    hidden["sliding_attention"] = hidden["full_attention"] | (distance >= window)
-    nothing = torch.zeros((), dtype=dtype, device=pos.device)
-    return {kind: nothing.masked_fill(mask, -math.inf) for kind, mask in hidden.items()}
+    slots = torch.arange(num_slots, device=positions.device)
+    distance = positions[:, None, :, None] - slots  # [n, 1, L, slots]
+    is_later = distance < 0
+    is_too_far = distance >= window
+    nothing = torch.zeros((), dtype=dtype, device=positions.device)
+    return {
+        "full_attention": nothing.masked_fill(is_later, -math.inf),
+        "sliding_attention": nothing.masked_fill(is_later | is_too_far, -math.inf),
+    }
 
 
-def lane_width(prompter: Prompter, max_new_tokens: int, lives: Iterable[Live] = ()) -> int:
-    """Slots for usual prompts and those of `lives`, each with its answer, rounded up."""
-    lengths = [len(live.question.input_ids) for live in lives]
-    usual = len(prompter.prefix) + TYPICAL_QUESTION
-    return -(-(max([usual, *lengths]) + max_new_tokens) // 64) * 64
+# ───────────────────────────────────────── scheduling ──────────────────────────────────────────
+def lane_slots(num_prompt_tokens: int, max_new_tokens: int) -> int:
+    """Slots of a lane for a prompt and its answer, rounded up so that lengths seldom differ."""
+    return math.ceil((num_prompt_tokens + max_new_tokens) / 64) * 64
 
 
-# ───────────────────────────────────────── extraction ──────────────────────────────────────────
-@dataclass(eq=False)
-class Live:
-    """A question from its image's encoding to the end of its answer; states in host memory."""
+class Scheduler:
+    """Which sequences wait, which run in which lane, and which are run together.
 
-    question: Question
-    image_sha256: str
-    patches: np.ndarray  # [D_v], mean
-    vision_token: np.ndarray  # [layers, D], last soft token
-    token_sum: np.ndarray  # [layers, D], over the prefix; from the prefill on over the prompt
-    query_token: np.ndarray | None = None  # [layers, D], last prompt token
-    answer_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    entropy: float = math.nan  # nats, of the first token's distribution
-
-
-class Extractor:
-    """The loaded model: turns images with their questions into states and answers.
-
-    Each image goes through the vision tower and the prefix once, each question's own tokens
-    through the decoder once; states and answers come from that same pass.
+    There is no tensor in it. The running sequences are in lanes 0, 1, 2, ... side by side; a
+    sequence that ends leaves a gap, and its lane is still run until the gap is closed. All lanes
+    together never have more slots than `batch_size` lanes of the usual width.
     """
 
     def __init__(
-        self, model, prompter: Prompter, layers: list, max_new_tokens: int, batch_size: int, device
+        self, batch_size: int, num_prefix: int, max_new_tokens: int, max_pass_tokens: int
+    ) -> None:
+        self.batch_size = batch_size
+        self.waiting: deque[Sequence] = deque()  # encoded, and without a lane yet
+        self.running: list[Sequence | None] = []  # by lane; None is a gap
+        self._admitted: list[Sequence] = []  # since the last prefill
+        self._num_prefix = num_prefix
+        self._max_new_tokens = max_new_tokens
+        self._max_pass_tokens = max_pass_tokens
+        self._usual_slots = lane_slots(num_prefix + TYPICAL_QUESTION, max_new_tokens)
+        self.num_slots = self._usual_slots  # of each lane
+
+    @property
+    def num_running(self) -> int:
+        return sum(sequence is not None for sequence in self.running)
+
+    @property
+    def num_lanes(self) -> int:
+        """How many lanes of the present width there may be."""
+        return self._count_lanes(self.num_slots)
+
+    def wants_more(self) -> bool:
+        """Whether a quarter of the batch is free: a few large passes are faster than many small."""
+        num_free = self.batch_size - self.num_running
+        return not self.num_running or 4 * num_free >= self.batch_size
+
+    def close_gaps(self) -> list[tuple[int, int]]:
+        """Move the last running sequences into the gaps: (source, target) of each lane."""
+        num_running = self.num_running
+        gaps = [lane for lane in range(num_running) if self.running[lane] is None]
+        behind = [sequence for sequence in self.running[num_running:] if sequence is not None]
+        moves = []
+        for gap, sequence in zip(gaps, behind, strict=True):
+            moves.append((sequence.lane, gap))
+            sequence.lane = gap
+            self.running[gap] = sequence
+        del self.running[num_running:]
+        self.num_slots = max(map(self._slots_for, self.running), default=self._usual_slots)
+        return moves
+
+    def has_room(self) -> bool:
+        """Whether the next sequence fits beside the running ones; alone, any does.
+
+        One that is too long for that waits until enough lanes are free, and the others with it.
+        """
+        width = self.num_slots
+        if self.waiting:
+            width = max(width, self._slots_for(self.waiting[0]))
+        return len(self.running) < self._count_lanes(width)
+
+    def admit(self) -> list[Sequence]:
+        """Give lanes to as many waiting sequences as there is room for."""
+        admitted = []
+        while self.waiting and self.has_room():
+            sequence = self.waiting.popleft()
+            sequence.lane = len(self.running)
+            self.running.append(sequence)
+            self.num_slots = max(self.num_slots, self._slots_for(sequence))
+            admitted.append(sequence)
+        self._admitted += admitted
+        return admitted
+
+    def prefill_batches(self) -> list[list[Sequence]]:
+        """The sequences that were admitted since the last call, as they are to be run together.
+
+        Those of similar length are: the shorter ones of a batch are padded to its longest.
+        """
+        by_length = sorted(self._admitted, key=self._num_own_tokens)
+        self._admitted = []
+        batches: list[list[Sequence]] = []
+        for sequence in by_length:
+            num_tokens = self._num_own_tokens(sequence)  # the longest so far
+            if batches and (len(batches[-1]) + 1) * num_tokens <= self._max_pass_tokens:
+                batches[-1].append(sequence)
+            else:
+                batches.append([sequence])
+        # Lanes that are side by side need not be copied to be run.
+        return [sorted(batch, key=operator.attrgetter("lane")) for batch in batches]
+
+    def finish(self, sequence: Sequence) -> None:
+        """Its answer has ended: its lane is a gap from here on."""
+        self.running[sequence.lane] = None
+
+    def _count_lanes(self, num_slots: int) -> int:
+        return max(1, self.batch_size * self._usual_slots // num_slots)
+
+    def _slots_for(self, sequence: Sequence) -> int:
+        num_slots = lane_slots(len(sequence.prompt.input_ids), self._max_new_tokens)
+        return max(self._usual_slots, num_slots)
+
+    def _num_own_tokens(self, sequence: Sequence) -> int:
+        return len(sequence.prompt.input_ids) - self._num_prefix
+
+
+# ───────────────────────────────────────── extraction ──────────────────────────────────────────
+class Extractor:
+    """The loaded model, and the passes that turn images and prompts into states and answers.
+
+    Each image goes through the vision tower and the prefix once, and each question's own tokens go
+    through the decoder once. States and answers come from the same pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompter: Prompter,
+        layers: list[int],
+        max_new_tokens: int,
+        batch_size: int,
+        device: torch.device,
     ) -> None:
         self.model = model
         self.prompter = prompter
         self.layers = layers
         self.max_new_tokens = max_new_tokens
-        self.device = device  # not the model's, which is `meta` where its tower is offloaded
-        self.max_pass_images = 1 if device.type == "cpu" else MAX_PASS_IMAGES
-        self.pass_cost = CPU_PASS_COST if device.type == "cpu" else PASS_COST
-        end = model.generation_config.eos_token_id
-        self._end_ids = set(end if isinstance(end, list) else [end])
+        self.device = device  # not `model.device`, which is meta where the tower is offloaded
+        is_cpu = device.type == "cpu"
+        self.max_pass_images = 1 if is_cpu else MAX_PASS_IMAGES
+        self.max_pass_tokens = CPU_PASS_TOKENS if is_cpu else MAX_PASS_TOKENS
+        end_ids = model.generation_config.eos_token_id
+        self.end_ids = set(end_ids) if isinstance(end_ids, list) else {end_ids}
         self.restart(batch_size)
 
     def restart(self, batch_size: int) -> None:
-        """Forget whatever is under way, and begin with another batch size."""
-        self.batch_size = batch_size  # lanes of the usual width
-        self._lanes = Lanes()
-        self._live: list[Live | None] = []  # by lane; None once its answer has ended
-        self._waiting: deque[tuple[Live, int]] = deque()  # encoded, and its image in the cache
-        self._cache = None  # keys and values of the images that were encoded last
+        """Drop all that is unfinished, and begin with another batch size."""
+        self.scheduler = Scheduler(
+            batch_size, len(self.prompter.prefix), self.max_new_tokens, self.max_pass_tokens
+        )
+        self.lanes = Lanes()
+        self._prefix_cache = None  # keys and values of the images that were encoded last
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
 
     @torch.inference_mode()
-    def run(self, pictures: Iterator[Picture]) -> Iterator[list[Sample | Failure]]:
-        """What comes of each pass, which may be nothing: samples as their answers end, failures.
+    def run(self, images: Iterator[PreparedImage]) -> Iterator[list[Outcome]]:
+        """The outcomes of each pass, often none: samples as their answers end, and failures.
 
-        What stands side by side depends on the order of `pictures` and on the batch size alone.
+        What runs side by side depends on the order of the images and the batch size only.
         """
-        while True:
-            num_free = self.batch_size - self.num_live()
-            if not self.num_live() or 4 * num_free >= self.batch_size:  # few, but large passes
-                num_entered = yield from self._admit(pictures)
-                if not self.num_live() and not num_entered:
-                    return
-            if self.num_live():
-                yield self._decode()
+        scheduler = self.scheduler
+        is_exhausted = False
+        while not is_exhausted or scheduler.waiting or scheduler.num_running:
+            if scheduler.wants_more():
+                self.lanes.move(scheduler.close_gaps())
+                while scheduler.has_room():
+                    if not scheduler.waiting:
+                        num_images = min(scheduler.batch_size, self.max_pass_images)
+                        chunk = list(itertools.islice(images, num_images))
+                        if not chunk:
+                            is_exhausted = True
+                            break
+                        self.encode(chunk)
+                        yield []
+                    self._seat(scheduler.admit())
+                for sequences in scheduler.prefill_batches():
+                    yield self.prefill(sequences)
+            if scheduler.num_running:
+                yield self.decode()
 
-    def num_live(self) -> int:
-        """How many questions are being answered."""
-        return sum(live is not None for live in self._live)
-
-    def _admit(self, pictures: Iterator[Picture]) -> Iterator[list[Sample | Failure]]:
-        """Fill the lanes, and run the questions that have entered; returns how many those are."""
-        self._close_gaps()
-        num_before = len(self._live)
-        while len(self._live) < self.batch_size:
-            if not self._waiting:
-                chunk = list(itertools.islice(pictures, min(self.batch_size, self.max_pass_images)))
-                if not chunk:
-                    break
-                self._encode(chunk)
-                yield []
-            if not self._seat_waiting():
-                break
-        entered = list(range(num_before, len(self._live)))
-        for lanes in self._split_passes(entered) if entered else ():
-            yield self._prefill(lanes)
-        return len(entered)
-
-    def _close_gaps(self) -> None:
-        """The last live lanes move into those whose answers have ended."""
-        num_live = self.num_live()
-        targets = [i for i, live in enumerate(self._live[:num_live]) if live is None]
-        sources = [i for i in range(num_live, len(self._live)) if self._live[i] is not None]
-        if targets:
-            self._lanes.move(sources, targets)
-        for source, target in zip(sources, targets, strict=True):
-            self._live[target] = self._live[source]
-        del self._live[num_live:]
-
-    def _encode(self, chunk: list[Picture]) -> None:
-        """Run images through the tower, and the prefix with them through the decoder."""
+    def encode(self, images: list[PreparedImage]) -> None:
+        """Run images through the vision tower, and the prefix with them through the decoder."""
         prompter = self.prompter
-        input_ids = torch.tensor([prompter.prefix] * len(chunk), device=self.device)
-        lengths = torch.full((len(chunk),), len(prompter.prefix), device=self.device)
-        kept_pos = torch.full_like(lengths, prompter.soft_stop - 1)
-        pixel_values = torch.stack([picture.pixel_values for picture in chunk])
-        self._cache = transformers.DynamicCache()  # without a config it keeps every position
-        with capture(self.model, self.layers, kept_pos, lengths) as seen:
+        pixel_values = torch.stack(
+            [image.pixel_values.to(self.device, non_blocking=True) for image in images]
+        )
+        input_ids = self._to_device(prompter.prefix).expand(len(images), -1)  # [images, prefix]
+        is_soft = input_ids == self.model.config.image_token_id
+        is_padding = torch.zeros_like(is_soft)
+        last_soft = torch.full((len(images),), prompter.soft_stop - 1, device=self.device)
+        self._prefix_cache = transformers.DynamicCache()  # given a config, it would drop positions
+        with capture_states(self.model, self.layers, last_soft, is_padding) as states:
             self.model.model(
                 input_ids=input_ids,
-                pixel_values=pixel_values.to(self.device),
-                token_type_ids=(input_ids == self.model.config.image_token_id).int(),
-                past_key_values=self._cache,
+                pixel_values=pixel_values,
+                token_type_ids=is_soft.int(),
+                past_key_values=self._prefix_cache,
                 use_cache=True,
             )
-        patches, kept, sums = map(to_numpy, seen)  # [images, 1, D_v], [images, layers, D] twice
-        for i, picture in enumerate(chunk):
-            states = (picture.image_sha256, patches[i, 0], kept[i], sums[i])
-            self._waiting.extend((Live(question, *states), i) for question in picture.questions)
+        patch_means = to_numpy([states.patch_mean])  # [images, 1, D_v]
+        vision_tokens = to_numpy(states.kept_tokens)  # [images, layers, D]
+        prefix_sums = to_numpy(states.token_sums)  # [images, layers, D]
+        for i, image in enumerate(images):
+            encoded = EncodedImage(
+                image.image_sha256, i, patch_means[i, 0], vision_tokens[i], prefix_sums[i]
+            )
+            self.scheduler.waiting += [Sequence(prompt, encoded) for prompt in image.prompts]
 
-    def _seat_waiting(self) -> int:
-        """Give lanes to questions of the images that were encoded last; how many got one.
-
-        All lanes together are never larger than the batch in its usual width: a question that is
-        too wide for that waits until enough lanes are free, and enters alone if need be.
-        """
-        start, images = len(self._live), []
-        budget = self.batch_size * lane_width(self.prompter, self.max_new_tokens)  # slots
-        while self._waiting:
-            live, image = self._waiting[0]
-            wider = lane_width(self.prompter, self.max_new_tokens, [live, *self._live])
-            if len(self._live) >= max(1, budget // wider):
-                break
-            width = wider
-            self._live.append(live)
-            images.append(image)
-            self._waiting.popleft()
-        if images:
-            self._lanes.resize((max(1, budget // width), width), start, self._cache)
-            self._lanes.seat(start, self._cache, images)
-        if not self._waiting:
-            self._cache = None
-        return len(images)
-
-    def _split_passes(self, lanes: list[int]) -> Iterator[list[int]]:
-        """Lanes whose questions run together: those of few tokens apart from those of many, where
-        that saves more padding than a pass costs.
-        """
-        num_prefix = len(self.prompter.prefix)
-        num_own = {i: len(self._live[i].question.input_ids) - num_prefix for i in lanes}
-        by_length = sorted(lanes, key=num_own.get)
-        lengths = [num_own[lane] for lane in by_length]
-        saved = [i * (lengths[-1] - length) for i, length in enumerate(lengths, start=1)]
-        if max(saved) > self.pass_cost:
-            cut = saved.index(max(saved)) + 1
-        elif len(lanes) > 1 and len(lanes) * lengths[-1] > MAX_PASS_TOKENS:
-            cut = len(lanes) // 2
-        else:
-            yield sorted(lanes)
+    def _seat(self, admitted: list[Sequence]) -> None:
+        """Fill the lanes of sequences that were just admitted with their images' prefixes."""
+        if not admitted:  # the next one is too long for the room that there is
             return
-        yield from self._split_passes(by_length[:cut])
-        yield from self._split_passes(by_length[cut:])
+        scheduler = self.scheduler
+        start = admitted[0].lane
+        self.lanes.resize(scheduler.num_lanes, scheduler.num_slots, start, self._prefix_cache)
+        image_indices = [sequence.image.cache_index for sequence in admitted]
+        self.lanes.fill(start, self._prefix_cache, image_indices)
+        if not scheduler.waiting:
+            self._prefix_cache = None
 
-    def _prefill(self, lanes: list[int]) -> list[Sample | Failure]:
-        """Run the own tokens of the questions in these lanes: their states and first tokens."""
-        lives, num_prefix = [self._live[lane] for lane in lanes], len(self.prompter.prefix)
-        own = [torch.tensor(live.question.input_ids[num_prefix:]) for live in lives]
-        lengths = torch.tensor([len(tokens) for tokens in own])
-        input_ids = nn.utils.rnn.pad_sequence(own, batch_first=True)  # [n, L], on the right
-        pos = num_prefix + torch.arange(input_ids.shape[1]).expand_as(input_ids)
-        with capture(self.model, self.layers, lengths - 1, lengths) as (_, kept, sums):
-            hidden = self._forward(lanes, input_ids, pos)  # [n, L, D]
-        for live, query_token, own_sum in zip(lives, to_numpy(kept), to_numpy(sums), strict=True):
-            live.query_token, live.token_sum = query_token, live.token_sum + own_sum
-        if not self.max_new_tokens:
-            return [self._finish(lane, is_truncated=False) for lane in lanes]
-        last = hidden[torch.arange(len(lives)), lengths - 1]  # [n, D]
-        tokens, logprobs, logits = self._choose_tokens(last)
-        first_token = torch.distributions.Categorical(logits=logits, validate_args=False)
-        entropies = to_numpy({0: first_token.entropy()})
-        for live, (entropy,) in zip(lives, entropies.tolist(), strict=True):
-            live.entropy = entropy
-        return self._add_tokens(lanes, tokens, logprobs)
+    def prefill(self, sequences: list[Sequence]) -> list[Outcome]:
+        """Run the prompts' tokens after the prefix: their states, and the answers' first tokens."""
+        num_prefix = len(self.prompter.prefix)
+        own_ids = [sequence.prompt.input_ids[num_prefix:] for sequence in sequences]
+        num_longest = max(map(len, own_ids))
+        padded = [ids + [0] * (num_longest - len(ids)) for ids in own_ids]
+        input_ids = self._to_device(padded)  # [n, L]
+        lengths = self._to_device([len(ids) for ids in own_ids])  # [n]
+        offsets = torch.arange(num_longest, device=self.device)  # [L]
+        positions = (num_prefix + offsets).expand_as(input_ids)  # [n, L]
+        lanes = [sequence.lane for sequence in sequences]
+        is_padding = offsets >= lengths[:, None]  # [n, L]
+        with capture_states(self.model, self.layers, lengths - 1, is_padding) as states:
+            hidden_states = self._forward(lanes, input_ids, positions, num_prefix + num_longest)
+        # Reading waits for the card, so the head is started before anything is read.
+        head = []
+        if self.max_new_tokens:
+            last = (lengths - 1)[:, None, None]
+            logits = self._logits(torch.take_along_dim(hidden_states, last, dim=1)[:, 0])
+            distribution = torch.distributions.Categorical(logits=logits, validate_args=False)
+            head = [*choose_tokens(logits), distribution.entropy().double()]
+        query_tokens = to_numpy(states.kept_tokens)  # [n, layers, D]
+        own_sums = to_numpy(states.token_sums)  # [n, layers, D]
+        for i, sequence in enumerate(sequences):
+            sequence.query_token = query_tokens[i]
+            sequence.own_sum = own_sums[i]
+        if not head:
+            return [self._finish(sequence) for sequence in sequences]
+        tokens, logprobs, entropies = to_numpy(head).T.tolist()
+        for sequence, entropy in zip(sequences, entropies, strict=True):
+            sequence.first_token_entropy = entropy
+        return self._add_tokens(sequences, tokens, logprobs)
 
-    def _decode(self) -> list[Sample | Failure]:
-        """The next token of every live question. Dead lanes run along, and are overwritten."""
-        input_ids = torch.zeros(len(self._live), 1, dtype=torch.long)
-        pos = torch.zeros_like(input_ids)
-        for lane, live in enumerate(self._live):
-            if live:
-                input_ids[lane] = live.answer_ids[-1]
-                pos[lane] = len(live.question.input_ids) + len(live.answer_ids) - 1
-        lanes = list(range(len(self._live)))
-        hidden = self._forward(lanes, input_ids, pos)  # [n, 1, D]
-        tokens, logprobs, _ = self._choose_tokens(hidden[:, 0])
-        return self._add_tokens(lanes, tokens, logprobs)
+    def decode(self) -> list[Outcome]:
+        """The next token of all running sequences."""
+        running = list(self.scheduler.running)
+        last_ids = [0] * len(running)  # what a gap is given has no effect
+        positions = [0] * len(running)
+        for lane, sequence in enumerate(running):
+            if sequence is not None:
+                last_ids[lane] = sequence.generated_ids[-1]
+                num_tokens = len(sequence.prompt.input_ids) + len(sequence.generated_ids)
+                positions[lane] = num_tokens - 1
+        inputs = self._to_device([last_ids, positions])[:, :, None]  # [2, n, 1]
+        lanes = list(range(len(running)))
+        hidden_states = self._forward(lanes, inputs[0], inputs[1], max(positions) + 1)  # [n, 1, D]
+        chosen = choose_tokens(self._logits(hidden_states[:, 0]))
+        tokens, logprobs = to_numpy(chosen).T.tolist()
+        return self._add_tokens(running, tokens, logprobs)
 
-    def _forward(self, lanes: list[int], input_ids: Tensor, pos: Tensor) -> Tensor:
-        """Run tokens [n, L] at their positions in n lanes; normed states [n, L, D]."""
-        num_slots = min(-(-(int(pos.max()) + 1) // 8) * 8, self._lanes.shape[1])
-        input_ids, pos = input_ids.to(self.device), pos.to(self.device)
+    def _to_device(self, values: list) -> Tensor:
+        return torch.tensor(values).to(self.device, non_blocking=True)
+
+    def _forward(
+        self, lanes: list[int], input_ids: Tensor, positions: Tensor, num_slots: int
+    ) -> Tensor:
+        """Run tokens [n, L] in n lanes, whose first `num_slots` are in use; hidden [n, L, D]."""
+        aligned = math.ceil(num_slots / 8) * 8  # for attention's kernels
+        num_slots = min(aligned, self.lanes.num_slots)
         window = self.model.config.text_config.sliding_window
         output = self.model.model.language_model(
             input_ids=input_ids,
-            attention_mask=causal_masks(pos, num_slots, window, self.model.dtype),
-            position_ids=pos,
-            past_key_values=LaneView(self._lanes, lanes, pos, num_slots),
+            attention_mask=causal_masks(positions, num_slots, window, self.model.dtype),
+            position_ids=positions,
+            past_key_values=LaneCache(self.lanes, lanes, positions, num_slots),
         )
         return output.last_hidden_state
 
-    def _choose_tokens(self, hidden: Tensor) -> tuple[list, list, Tensor]:
-        """Of normed states [n, D] the likeliest tokens, log-probabilities, and the logits."""
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        """The head's logits [n, vocabulary], float32, of normed states [n, D]."""
         head = self.model.lm_head
         if self.device.type == "cpu" and not head.weight.is_meta:
-            logits = (head.weight @ hidden.T).T.contiguous()  # for few rows in half the time
-        else:
-            logits = head(hidden)
-        logits = logits.float()  # [n, vocabulary]
-        best, tokens = logits.max(dim=-1)
-        columns = {0: tokens.double(), 1: (best - logits.logsumexp(dim=-1)).double()}
-        tokens, logprobs = to_numpy(columns).T.tolist()
-        return list(map(int, tokens)), logprobs, logits
+            # The same product the other way round: for few rows a CPU takes half the time.
+            return (head.weight @ hidden_states.T).T.contiguous().float()
+        return head(hidden_states).float()
 
-    def _add_tokens(self, lanes: list, tokens: list, logprobs: list) -> list[Sample | Failure]:
-        """Give every live one of the lanes its token; what has come to an end leaves."""
+    def _add_tokens(
+        self, sequences: list[Sequence | None], tokens: list[float], logprobs: list[float]
+    ) -> list[Outcome]:
+        """Give each running sequence its next token; those that have come to an end leave."""
         outcomes = []
-        for lane, token, logprob in zip(lanes, tokens, logprobs, strict=True):
-            live = self._live[lane]
-            if live is None:
+        for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
+            if sequence is None:
                 continue
-            live.answer_ids.append(token)
-            live.logprobs.append(logprob)
-            has_ended = self.has_ended(live)
-            is_over = len(live.answer_ids) == self.max_new_tokens or not math.isfinite(logprob)
-            if has_ended or is_over:
-                outcomes.append(self._finish(lane, is_truncated=not has_ended))
+            sequence.generated_ids.append(int(token))
+            sequence.logprobs.append(logprob)
+            has_ended = self.has_ended(sequence)
+            is_at_limit = len(sequence.generated_ids) == self.max_new_tokens
+            if has_ended or is_at_limit or not math.isfinite(logprob):
+                sequence.is_truncated = not has_ended
+                outcomes.append(self._finish(sequence))
         return outcomes
 
-    def has_ended(self, live: Live) -> bool:
-        """Whether the last token of an answer is its end."""
-        return live.answer_ids[-1] in self._end_ids
+    def has_ended(self, sequence: Sequence) -> bool:
+        """Whether the last token of an answer is one that ends it."""
+        return sequence.generated_ids[-1] in self.end_ids
 
-    def _finish(self, lane: int, is_truncated: bool) -> Sample | Failure:
-        """What has become of a lane's question, which leaves it."""
-        live, self._live[lane] = self._live[lane], None
-        question, vectors = live.question, {VISION: live.patches}
-        mean = live.token_sum / np.float32(len(question.input_ids))
-        by_kind = (live.vision_token, live.query_token, mean)  # [layers, D] each
-        for kind, states in zip(LAYER_KINDS, by_kind, strict=True):
-            for i, vector in zip(self.layers, states, strict=True):
-                vectors[f"{kind}/layer_{i}"] = vector
+    def _finish(self, sequence: Sequence) -> Outcome:
+        """What has become of a sequence, which leaves its lane."""
+        self.scheduler.finish(sequence)
+        prompt = sequence.prompt
+        image = sequence.image
+        token_sum = image.prefix_sum + sequence.own_sum
+        states = {  # [layers, D] each
+            VISION_TOKEN: image.vision_token,
+            QUERY_TOKEN: sequence.query_token,
+            MULTIMODAL: token_sum / np.float32(len(prompt.input_ids)),
+        }
+        vectors = {VISION: image.patch_mean}
+        for kind, by_layer in states.items():
+            for layer_idx, vector in zip(self.layers, by_layer, strict=True):
+                vectors[f"{kind}/layer_{layer_idx}"] = vector
         if not all(np.isfinite(vector).all() for vector in vectors.values()):
-            return Failure(question.row, "its states are not finite")
-        if not np.isfinite(live.logprobs).all():
-            return Failure(question.row, "the logits of its answer are not finite")
-        answer_ids = live.answer_ids if is_truncated else live.answer_ids[:-1]
-        rest = (answer_ids, is_truncated, live.logprobs, live.entropy)
-        return Sample(question, live.image_sha256, vectors, *rest)
+            return Failure(prompt.row, "its states are not finite")
+        if not np.isfinite(sequence.logprobs).all():
+            return Failure(prompt.row, "the logits of its answer are not finite")
+        generated_ids = sequence.generated_ids
+        answer_ids = generated_ids if sequence.is_truncated else generated_ids[:-1]
+        return Sample(
+            prompt,
+            image.image_sha256,
+            vectors,
+            answer_ids,
+            sequence.is_truncated,
+            sequence.logprobs,
+            sequence.first_token_entropy,
+        )
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it was for want of the device's memory, which its libraries tell in many ways."""
-    signs = ("ALLOC_FAILED", "out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+def choose_tokens(logits: Tensor) -> list[Tensor]:
+    """Of logits [n, vocabulary] the likeliest tokens and their log-probabilities, [n] each.
+
+    Both are float64, which represents every token id, so that they are read in one copy.
+    """
+    best, tokens = logits.max(dim=-1)
+    logprobs = best - logits.logsumexp(dim=-1)
+    return [tokens.double(), logprobs.double()]
 
 
 # ─────────────────────────────── parts: whole, or not there ────────────────────────────────────
@@ -958,11 +1321,17 @@ def group_name(question_id: str) -> str:
     return name.replace(".", "%2E") if not name.strip(".") else name
 
 
+def partial_path(path: Path) -> Path:
+    """Where this process writes a file before it is whole; no other process has the same name."""
+    return path.with_name(f"{path.stem}.{socket.gethostname()}-{os.getpid()}.partial")
+
+
 def put_in_place(path: Path, content: bytes | memoryview) -> None:
-    """Write a file under another name and rename it, once it is safe on the disk: a crash or an
-    OSError at any moment leaves the old file or the new one, whole.
+    """Write a file under another name, and rename it once it is safely on the disk.
+
+    A crash or an OSError at any moment leaves the old file or the new one, whole.
     """
-    partial = path.with_suffix(".partial")
+    partial = partial_path(path)
     try:
         with open(partial, "wb") as file:
             file.write(content)
@@ -971,37 +1340,37 @@ def put_in_place(path: Path, content: bytes | memoryview) -> None:
         os.replace(partial, path)
     finally:
         with contextlib.suppress(OSError):
-            partial.unlink()  # where it was not put in place
+            partial.unlink()  # where it could not be put in place
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # a file system's no
+        # Some file systems cannot sync a directory, and these are their ways of saying so.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
             raise
     finally:
         os.close(descriptor)
 
 
 @contextlib.contextmanager
-def open_part(path: Path) -> Iterator[h5py.File]:
-    """A finished part, to read. Raises ExtractionError: it cannot be read, or the body fails."""
+def explain_read_errors(path: Path) -> Iterator[None]:
+    """Turn what is raised while a finished part is read into one line that names it."""
     try:
-        with h5py.File(path, "r", locking=False) as part:
-            yield part
+        yield
     except (OSError, RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise ExtractionError(
-            f"{path} cannot be read: {error} | move it away and give the same command again"
+            f"{path} cannot be read: {error} | move it away and run the same command again"
         ) from error
 
 
 @functools.lru_cache(maxsize=1024)
 def vector_layout(width: int, compression: str) -> tuple:
-    """HDF5's space, creation and link properties of a vector: half the time of `create_dataset`."""
+    """HDF5's space, creation and link properties of a vector."""
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    if compression != "none":
+    if compression == "gzip":
         layout.set_chunk((width,))
         layout.set_shuffle()
-        layout.set_filter(*FILTERS[compression])
+        layout.set_deflate(1)
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     links.set_create_intermediate_group(True)
     return h5py.h5s.create_simple((width,)), layout, links
@@ -1009,172 +1378,214 @@ def vector_layout(width: int, compression: str) -> tuple:
 
 def write_sample(part: h5py.File, sample: Sample, prompter: Prompter, compression: str) -> None:
     """Add a sample's group to a part."""
-    row, num_tokens = sample.question.row, len(sample.question.input_ids)
+    row = sample.row
+    num_prompt_tokens = len(sample.prompt.input_ids)
     vectors = dict(sample.vectors)
     attributes = {
         "question_id": row.question_id,
-        "num_prompt_tokens": num_tokens,
+        "num_prompt_tokens": num_prompt_tokens,
         "vision_token_pos": prompter.soft_stop - 1,
-        "query_token_pos": num_tokens - 1,
+        "query_token_pos": num_prompt_tokens - 1,
         "num_answer_tokens": len(sample.answer_ids),
         "answer_truncated": sample.is_truncated,
         "image_sha256": sample.image_sha256,
     }
     if sample.logprobs:
-        vectors["answer_logprobs"] = np.array(sample.logprobs, dtype=np.float32)
+        vectors["answer_logprobs"] = np.array(sample.logprobs)
         attributes["first_token_entropy"] = sample.first_token_entropy
     group = part.create_group(group_name(row.question_id))
     group["question"] = row.question
     group["image_id"] = row.image_id
     group["answer"] = prompter.decode(sample.answer_ids)
     group["ground_truth_answer"] = row.ground_truth
-    crc32, file_type = 0, h5py.h5t.IEEE_F32LE
+    attributes["crc32"] = write_vectors(group, vectors, compression)
+    group["vision_only_representation"] = h5py.SoftLink(VISION)
+    group.attrs.update(attributes)
+
+
+def write_vectors(group: h5py.Group, vectors: dict[str, np.ndarray], compression: str) -> int:
+    """Write vectors as float32 in the order of their names; returns the crc32 of all.
+
+    By HDF5's low-level calls: `create_dataset` would take 2.6 ms a sample instead of 0.9, and this
+    thread holds Python's lock meanwhile, which the thread that starts the card's work needs.
+    """
+    crc32 = 0
+    file_type = h5py.h5t.IEEE_F32LE
     for name, vector in sorted(vectors.items()):
         space, layout, links = vector_layout(len(vector), compression)
         dataset = h5py.h5d.create(group.id, name.encode(), file_type, space, layout, links)
-        vector = np.ascontiguousarray(vector, dtype="<f4")
-        dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, vector, file_type)
-        crc32 = zlib.crc32(vector, crc32)
-    group["vision_only_representation"] = h5py.SoftLink(VISION)
-    group.attrs.update(attributes | {"crc32": crc32})
+        values = np.ascontiguousarray(vector, dtype="<f4")
+        dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, values, file_type)
+        crc32 = zlib.crc32(values, crc32)
+    return crc32
 
 
 class PartWriter:
-    """Puts parts together in memory, in the order of the plan, and then in place."""
+    """Puts a part together in memory, in the order of the plan, and then in place."""
 
-    def __init__(self, settings: dict, prompter: Prompter, compression: str = "none") -> None:
-        self._settings = settings  # the root attributes
+    def __init__(self, attributes: dict, prompter: Prompter, compression: str = "none") -> None:
+        self._attributes = attributes  # the root's
         self._prompter = prompter
         self._compression = compression
 
     def write(self, path: Path, planned: list[Row], samples: Iterable[Sample]) -> None:
-        """Write a part: what is stored in its file already, and new samples. Raises OSError or
-        ExtractionError: the old one stays as it is.
+        """Write a part: the samples that its file has already, and new ones.
+
+        Raises OSError, or ExtractionError where the old file cannot be read; it stays as it is.
         """
-        new = {group_name(sample.question.row.question_id): sample for sample in samples}
+        new = {group_name(sample.row.question_id): sample for sample in samples}
         order = [group_name(row.question_id) for row in planned]
         content = io.BytesIO()
         with contextlib.ExitStack() as stack:
-            old = stack.enter_context(open_part(path)) if path.exists() else {}
+            old = {}
+            if path.exists():
+                with explain_read_errors(path):
+                    old = stack.enter_context(h5py.File(path, "r", locking=False))
+                    order += [name for name in old if name not in order]
             # HDF5 1.10's format: smaller, with checksums over all but the vectors themselves.
-            like = {"track_order": True, "libver": ("v110", "v110")}
-            part = stack.enter_context(h5py.File(content, "w", **like))
-            for name in dict.fromkeys([*order, *old]):
+            part = stack.enter_context(
+                h5py.File(content, "w", track_order=True, libver=("v110", "v110"))
+            )
+            for name in order:
                 if name in old:
-                    h5py.h5o.copy(old.id, name.encode(), part.id, name.encode())
+                    with explain_read_errors(path):
+                        h5py.h5o.copy(old.id, name.encode(), part.id, name.encode())
                 elif name in new:
                     write_sample(part, new[name], self._prompter, self._compression)
-            created_at = datetime.now(UTC).isoformat(timespec="seconds")
-            part.attrs.update(self._settings)
-            part.attrs.update({"num_samples": len(part), "created_at": created_at})
+            part.attrs.update(self._attributes)
+            part.attrs["num_samples"] = len(part)
+            part.attrs["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
         put_in_place(path, content.getbuffer())
 
 
 def bytes_per_sample(config, layers: list[int]) -> int:
     """What one sample takes on the disk, uncompressed."""
-    num_vectors = len(LAYER_KINDS) * len(layers)
-    width = config.vision_config.hidden_size + num_vectors * config.text_config.hidden_size
-    return SAMPLE_OVERHEAD + 4 * width + (num_vectors + 1) * VECTOR_OVERHEAD
+    num_vectors = 3 * len(layers)
+    num_values = config.vision_config.hidden_size + num_vectors * config.text_config.hidden_size
+    return SAMPLE_OVERHEAD + 4 * num_values + (num_vectors + 1) * VECTOR_OVERHEAD
 
 
-def tell_differences(was: dict, now: dict) -> str:
-    """Which of the settings `now` were others, with both values."""
-    differing = [name for name in now if was.get(name) != now[name]]
-    return "; ".join(f"{name} was {was.get(name)!r} and is {now[name]!r}" for name in differing)
+def read_stored_names(output_dir: Path, settings: Settings, rows: Iterable[Row] = ()) -> set[str]:
+    """The group names of all stored samples, read from attributes and names alone.
+
+    Only where a part was written for other rows are its texts compared with `rows`, if any. Raises
+    ExtractionError if a part cannot be read, has other settings, or repeats a sample of another.
+    """
+    by_name = {group_name(row.question_id): row for row in rows}
+    owners: dict[str, Path] = {}
+    num_other_truths = 0
+    for path in sorted(output_dir.glob("gemma3_12b_embeddings_part_*.h5")):
+        with explain_read_errors(path), h5py.File(path, "r", locking=False) as part:
+            stored = {name: np.asarray(value).tolist() for name, value in part.attrs.items()}
+            check_settings(path, stored, settings)
+            if stored["num_samples"] != len(part):
+                raise ValueError(f"{len(part)} samples; expected {stored['num_samples']}")
+            for name in part:
+                if name in owners:
+                    raise ValueError(f"sample {name!r} is in {owners[name].name} already")
+                owners[name] = path
+            if by_name and stored["dataset_sha256"] != settings.dataset_sha256:
+                num_other_truths += count_other_truths(path, part, by_name)
+    if num_other_truths:
+        log.warning("%d stored ground truths differ from the CSV's; they stay", num_other_truths)
+    return set(owners)
+
+
+def check_settings(path: Path, stored: dict, settings: Settings) -> None:
+    """Raises ExtractionError if a part was written with other settings; other rows are allowed."""
+    current = dataclasses.asdict(settings)
+    del current["dataset_sha256"]
+    if differences := describe_differences(stored, current):
+        advice = "continue with the old ones, choose another --output-dir, or --overwrite"
+        if "schema_version" in differences:
+            advice = "older files can only be inspected: choose another --output-dir"
+        raise ExtractionError(f"{path} was written with other settings: {differences} | {advice}")
 
 
 def count_other_truths(path: Path, part: h5py.File, by_name: dict[str, Row]) -> int:
-    """How many stored ground truths are not the CSV's. Raises ExtractionError: a question or
-    image_id is another, and vectors depend on those.
+    """How many stored ground truths are not the CSV's.
+
+    Raises ExtractionError if a question or image_id changed, since the vectors depend on them.
     """
     count = 0
-    for name in filter(by_name.__contains__, part):
-        group, row = part[name], by_name[name]
-        was = {text: group[text].asstr()[()] for text in ("question", "image_id")}
-        now = {"question": row.question, "image_id": row.image_id}
-        if differences := tell_differences(was, now):
+    for name in part:
+        row = by_name.get(name)
+        if row is None:
+            continue
+        group = part[name]
+        stored = {text: group[text].asstr()[()] for text in ("question", "image_id")}
+        current = {"question": row.question, "image_id": row.image_id}
+        if differences := describe_differences(stored, current):
             raise ExtractionError(
                 f"{path} was written with another row of question_id {row.question_id!r}: "
-                f"{differences} | give what changed another question_id, choose another "
+                f"{differences} | give the changed row another question_id, choose another "
                 "--output-dir, or --overwrite"
             )
         count += group["ground_truth_answer"].asstr()[()] != row.ground_truth
     return count
 
 
-def scan_parts(output_dir: Path, settings: dict, rows: Iterable[Row] = ()) -> set[str]:
-    """The group names of all stored samples, from attributes and names alone; where the rows' hash
-    is another, texts are compared with `rows`, if there are any.
-
-    Raises ExtractionError: a part cannot be read, is of another kind of run, or repeats another.
-    """
-    by_name = {group_name(row.question_id): row for row in rows}
-    owners: dict[str, Path] = {}
-    num_other = 0
-    for path in sorted(output_dir.glob("gemma3_12b_embeddings_part_*.h5")):
-        with open_part(path) as part:
-            stored = {name: np.asarray(value).tolist() for name, value in part.attrs.items()}
-            if differences := tell_differences(stored, {name: settings[name] for name in IDENTITY}):
-                advice = "go on with the old ones, choose another --output-dir, or --overwrite"
-                if "schema_version" in differences:
-                    advice = "older files can be inspected only: choose another --output-dir"
-                raise ExtractionError(
-                    f"{path} was written with other settings: {differences} | {advice}"
-                )
-            if stored["num_samples"] != len(part):
-                raise ValueError(f"{len(part)} samples; expected {stored['num_samples']}")
-            for name in part:
-                if name in owners:
-                    raise ValueError(f"sample {name!r} stands in {owners[name].name} already")
-                owners[name] = path
-            if by_name and stored["dataset_sha256"] != settings["dataset_sha256"]:
-                num_other += count_other_truths(path, part, by_name)
-    if num_other:
-        log.warning("%d stored ground truths differ from the CSV's; they stay", num_other)
-    return set(owners)
-
-
-def update_failures(output_dir: Path, is_missing: Callable, new: Iterable[Failure] = ()) -> None:
-    """Keep of `failed_samples.csv` what is still missing, and add new failures."""
-    path, header = output_dir / FAILED_NAME, ["question_id", "image_id", "error"]
+def update_failures(
+    output_dir: Path, is_missing: Callable[[str], bool], new: Iterable[Failure] = ()
+) -> None:
+    """Keep of `failed_samples.csv` the rows that are still missing, and add new failures."""
+    path = output_dir / FAILED_NAME
+    header = ["question_id", "image_id", "error"]
     before: list[list[str]] = []
     with contextlib.suppress(FileNotFoundError, csv.Error):
         text = path.read_bytes().decode(errors="replace")
         before = [line for line in csv.reader(io.StringIO(text, newline="")) if len(line) == 3]
     lines = [line for line in before if line != header and is_missing(line[0])]
-    lines += [[failure.row.question_id, failure.row.image_id, failure.error] for failure in new]
-    if lines:
-        table = io.StringIO(newline="")
-        csv.writer(table).writerows([header, *lines])
-        put_in_place(path, table.getvalue().encode(errors="backslashreplace"))
-    else:
+    for failure in new:
+        lines.append([failure.row.question_id, failure.row.image_id, failure.error])
+    if not lines:
         path.unlink(missing_ok=True)
+        return
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([header, *lines])
+    put_in_place(path, table.getvalue().encode(errors="backslashreplace"))
 
 
-# ─────────────────────────────────── processes on one output ───────────────────────────────────
+# ───────────────────────────── processes that share an output directory ────────────────────────
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
 class OutputLock:
-    """POSIX record locks on `{output_dir}/.lock`, which the kernel drops with their process.
+    """POSIX record locks on `{output_dir}/.lock`. The kernel drops them when their process ends.
 
-    Byte 0 is the directory: one process's while it checks it, then shared by all at work. Byte k
-    is part k: whoever holds it writes that part, and keeps it until the process ends.
+    Byte 0 is the directory: one process has it while it checks what is there, then all that are at
+    work share it. Byte k is part k: whoever has it writes that part, until the process ends.
+
+    On some file systems locks reach the processes of one host only, and nobody says so. So a
+    process also creates the `.partial` file of each part it claims. What another process has marked
+    in this way is left for the end, when it may be computed twice, which does no harm.
     """
 
-    FAILURES = 1 << 40  # the byte of `failed_samples.csv`, which is everybody's
-    ALONE, SHARED = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_SH | fcntl.LOCK_NB
+    FAILURES = 1 << 40  # the byte of `failed_samples.csv`, which all processes write to
+    EXCLUSIVE = fcntl.LOCK_EX | fcntl.LOCK_NB
+    SHARED = fcntl.LOCK_SH | fcntl.LOCK_NB
 
     def __init__(self, output_dir: Path) -> None:
         self.output_dir = output_dir
         self._has_locks = True
+        self._marks: set[Path] = set()  # the `.partial` files of the parts that we claimed
+        path = output_dir / ".lock"
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
-            # Never opened a second time: to close any descriptor of a file drops all its locks.
-            self._descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            # Never opened a second time: closing any descriptor of a file drops all its locks.
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            told = f"--output-dir {output_dir}: {error.strerror} | choose one to write to"
-            raise ExtractionError(told) from error
+            advice = "choose one to write to"
+            if os.path.exists(path):
+                status = path.stat()
+                mode = stat.filemode(status.st_mode)
+                advice = f"change the permissions of {path}: {mode}, of uid {status.st_uid}"
+            raise ExtractionError(
+                f"--output-dir {output_dir}: {error.strerror} | {advice}"
+            ) from error
 
     def _lock(self, kind: int, byte: int) -> bool:
-        """Whether it is granted; without locks on the file system always."""
+        """Whether the lock is granted; on a file system without locks it always is."""
         try:
             fcntl.lockf(self._descriptor, kind, 1, byte)
         except (BlockingIOError, PermissionError):
@@ -1183,39 +1594,88 @@ class OutputLock:
             if error.errno not in NO_LOCKS:
                 raise
             if self._has_locks:
-                rule = "this must be the only process at work there"
+                rule = "this must be the only process there"
                 log.warning("the file system of %s has no locks: %s", self.output_dir, rule)
             self._has_locks = False
         return True
 
-    def enter(self, settings: dict) -> bool:
-        """Enter the directory. True for who is alone there: it is to check all, and `share`."""
-        while not self._lock(self.ALONE, 0):
-            if self._lock(self.SHARED, 0) and not self._lock(self.ALONE, 0):  # others are there
-                there = json.loads((self.output_dir / "settings.json").read_bytes())
-                if differences := tell_differences(there, settings):
-                    raise ExtractionError(
-                        f"{self.output_dir} is in use with other settings: {differences} "
-                        "| wait, or choose another --output-dir"
-                    )
-                return False
-            time.sleep(0.05)  # somebody checks it
-        return True
+    def enter(self) -> bool:
+        """Enter the directory. True means that this process is alone, and has to check it all."""
+        while True:
+            if self._lock(self.EXCLUSIVE, 0):  # nobody is here
+                return True
+            if self._lock(self.SHARED, 0):  # others are at work, or were and have just left
+                return self._lock(self.EXCLUSIVE, 0)
+            time.sleep(0.05)  # one is checking: wait for it
 
-    def share(self, settings: dict) -> None:
-        """Let the others in."""
-        text = json.dumps(settings, indent=1)
+    def check_others(self, settings: Settings, is_alone: bool) -> None:
+        """Raises ExtractionError if others are at work, or marked a part, with other settings."""
+        self.remove_leftovers()
+        path = self.output_dir / "settings.json"
+        marks = sorted(self.output_dir.glob("gemma3_12b_embeddings_part_*.partial"))
+        if is_alone and not (marks and path.exists()):
+            return
+        stored = json.loads(path.read_bytes())
+        if differences := describe_differences(stored, dataclasses.asdict(settings)):
+            by = f" by the process of {marks[0].name}" if is_alone else ""
+            raise ExtractionError(
+                f"{self.output_dir} is in use{by} with other settings: {differences} "
+                "| wait, choose another --output-dir, or --overwrite once nobody is at work there"
+            )
+
+    def share(self, settings: Settings) -> None:
+        """The directory has been checked: let other processes in."""
+        text = json.dumps(dataclasses.asdict(settings), indent=1)
         put_in_place(self.output_dir / "settings.json", text.encode())
         self._lock(self.SHARED, 0)
 
-    def claim(self, number: int) -> bool:
-        """Whether part `number` is this process's to write from now on."""
-        return self._lock(self.ALONE, number)
+    def claim(self, part: Part, take_over: bool) -> bool:
+        """Whether this process is to write a part from now on.
+
+        It is not if another one marked the part before, unless we `take_over`.
+        """
+        if not self._lock(self.EXCLUSIVE, part.number):
+            return False
+        mark = partial_path(part.path)
+        mark.touch()
+        self._marks.add(mark)
+        if take_over or self._first_to_mark(part.path) == mark.name:
+            return True
+        self.release(part)
+        return False
+
+    def release(self, part: Part) -> None:
+        """Give a part back."""
+        partial_path(part.path).unlink(missing_ok=True)
+        self._lock(fcntl.LOCK_UN, part.number)
+
+    def _first_to_mark(self, path: Path) -> str:
+        """The name of the mark that was there first; of marks of one moment the first by name."""
+        self.remove_leftovers()
+        marks = []
+        for mark in self.output_dir.glob(f"{path.stem}.*.partial"):
+            with contextlib.suppress(FileNotFoundError):  # its part may be in place by now
+                marks.append((mark.stat().st_mtime_ns, mark.name))
+        return min(marks)[1]
+
+    def remove_leftovers(self) -> None:
+        """Delete the `.partial` files of processes of this host that have ended.
+
+        Those of another host may be needed, so they go when a process there does the same.
+        """
+        for path in self.output_dir.glob("*.partial"):
+            match = PARTIAL_NAME.fullmatch(path.name)
+            if (
+                match
+                and match["host"] == socket.gethostname()
+                and not is_running(int(match["pid"]))
+            ):
+                path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def failures(self) -> Iterator[None]:
-        """One process at a time."""
-        while not self._lock(self.ALONE, self.FAILURES):
+        """One process at a time may change `failed_samples.csv`."""
+        while not self._lock(self.EXCLUSIVE, self.FAILURES):
             time.sleep(0.01)
         try:
             yield
@@ -1224,477 +1684,809 @@ class OutputLock:
 
     def close(self) -> None:
         """Give everything back."""
+        for mark in self._marks:
+            mark.unlink(missing_ok=True)
+        self.remove_leftovers()
         os.close(self._descriptor)
 
 
+def is_running(pid: int) -> bool:
+    """Whether this host has such a process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is somebody else's
+        pass
+    return True
+
+
+class Claims:
+    """The parts that still miss rows, taken one by one, each by one process."""
+
+    def __init__(self, lock: OutputLock, parts: list[Part]) -> None:
+        self._lock = lock
+        self._left = list(parts)
+        self._is_last_round = False
+
+    def claim_next(self) -> Part | None:
+        """Claim a part that nobody else works on, with the rows that it misses; None at the end.
+
+        There are two rounds. The second takes what others had marked and is still missing: their
+        process may have died, or be on a host that our locks do not reach.
+        """
+        while True:
+            for part in list(self._left):
+                if not self._lock.claim(part, take_over=self._is_last_round):
+                    continue
+                self._left.remove(part)
+                if missing := self._still_missing(part):
+                    return dataclasses.replace(part, missing=missing)
+                self._lock.release(part)
+            if self._is_last_round:
+                return None
+            self._is_last_round = True
+
+    @staticmethod
+    def _still_missing(part: Part) -> list[Row]:
+        """Others may have stored some of the rows since we looked."""
+        if not part.path.exists():
+            return part.missing
+        with explain_read_errors(part.path), h5py.File(part.path, "r", locking=False) as file:
+            return [row for row in part.missing if group_name(row.question_id) not in file]
+
+
 # ─────────────────────────────────────────── the run ───────────────────────────────────────────
+def launcher_number(variable: str, default: int | None = None) -> int | None:
+    """What torchrun, accelerate or srun say of this process in its environment."""
+    text = os.environ.get(variable, "")
+    if text and not text.isdecimal():
+        raise ExtractionError(f"{variable}={text} in the environment is no number | unset it")
+    return int(text) if text else default
+
+
+def choose_device(name: str) -> torch.device:
+    """The device; for `cuda` a launcher says which card. Raises ExtractionError."""
+    told = ""
+    if name == "cuda":
+        variable = "LOCAL_RANK" if os.environ.get("LOCAL_RANK") else "SLURM_LOCALID"
+        card = launcher_number(variable)
+        if card is not None:
+            num_cards = max(1, torch.cuda.device_count())  # where a task sees one, it takes that
+            name = f"cuda:{card % num_cards}"
+            told = f", by {variable}={card} with {num_cards} visible"
+    try:
+        device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            torch.accelerator.set_device_index(device.index)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        advice = "without a GPU: --device cpu"
+        raise ExtractionError(f"--device {name}{told}: {reason} | {advice}") from error
+    log.info("device %s%s", device, told)
+    return device
+
+
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Within this, Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 (Slurm's early warning), unless they are
-    ignored, are wishes to stop: the list holds their exit statuses. Ctrl-C once more is the end.
+    """Within this, Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 (Slurm's warning) ask the run to stop.
+
+    The list has the exit statuses that they ask for. Ctrl-C once more ends the process at once.
+    Signals that are ignored, as under nohup, stay so.
     """
-    asked: list[int] = []
+    stops: list[int] = []
     first_time = math.inf
 
     def receive(signum: int, frame) -> None:
         nonlocal first_time
-        # A launcher passes on the Ctrl-C that the terminal has sent already: not a second one.
-        if signum == signal.SIGINT and time.monotonic() - first_time > 1:
+        # A launcher passes on the Ctrl-C that the terminal has sent already: that is not a second.
+        is_echo = "WORLD_SIZE" in os.environ and time.monotonic() - first_time < 1
+        if signum == signal.SIGINT and stops and not is_echo:
             os._exit(130)
-        asked.append(130 if signum == signal.SIGINT else 143)
+        stops.append(130 if signum == signal.SIGINT else 143)
         first_time = min(first_time, time.monotonic())
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    caught = [signum for signum in signals if signal.getsignal(signum) != signal.SIG_IGN]
-    before = {signum: signal.signal(signum, receive) for signum in caught}
+    before = {}
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            before[signum] = signal.signal(signum, receive)
     try:
-        yield asked
+        yield stops
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
 
-class Recorder:
-    """Gathers outcomes by part, and writes each part with its last one, beside the model.
+class Outcomes:
+    """The rows that are being extracted, and counts of what has come out."""
 
-    Answers end in another order than the plan's, so several parts are open at once; one at a time
-    is written. What went wrong there comes out of a later call.
+    def __init__(self) -> None:
+        self.num_extracted = 0
+        self.num_failed = 0
+        self.num_truncated = 0
+        self.num_answer_tokens = 0
+        self._num_seen = 0  # by the model
+        self._unfinished: dict[str, Row] = {}  # by question_id
+
+    def expect(self, rows: list[Row]) -> None:
+        """These rows are on their way."""
+        self._unfinished |= {row.question_id: row for row in rows}
+
+    def unfinished(self) -> list[Row]:
+        """The rows that are expected and have no outcome yet, in the order of the plan."""
+        return list(self._unfinished.values())
+
+    def record(self, outcome: Outcome) -> None:
+        """Take the outcome of a row."""
+        del self._unfinished[outcome.row.question_id]
+        if isinstance(outcome, Failure):
+            self.num_failed += 1
+        else:
+            self.num_extracted += 1
+            self.num_truncated += outcome.is_truncated
+            self.num_answer_tokens += len(outcome.answer_ids)
+
+    def record_pass(self, outcomes: list[Outcome], num_running: int) -> None:
+        """Take the outcomes of a pass of the model; `num_running` are still being answered.
+
+        Raises ExtractionError if the first rows that the model saw have all failed.
+        """
+        for outcome in outcomes:
+            self.record(outcome)
+        self._num_seen += len(outcomes)
+        is_all_in_vain = outcomes and not self.num_extracted and not num_running
+        if is_all_in_vain and self._num_seen >= MAX_FAILED_ROWS:
+            last = outcomes[-1]
+            raise ExtractionError(
+                f"the first {self._num_seen} rows that the model saw all failed: something is "
+                f"wrong with all of them | the last, {last.row.question_id!r}: {last.error}"
+            )
+
+
+class Recorder(Outcomes):
+    """Gathers outcomes by part, and writes each part once it is complete, in a thread.
+
+    Answers end in another order than the plan's, so several parts are in memory at once; they are
+    written one at a time. An error of writing is raised by a later call.
     """
 
-    def __init__(self, lock: OutputLock, planned: dict[int, list[Row]]) -> None:
-        self.num_extracted = self.num_failed = 0
-        self.writer: PartWriter | None = None  # both set before the first outcome
-        self.bar: tqdm | None = None
+    def __init__(self, lock: OutputLock, writer: PartWriter, bar: tqdm) -> None:
+        super().__init__()
         self._lock = lock
-        self._planned = planned
-        self._waiting: dict[str, tuple[int, Row]] = {}  # by question_id: part, row
-        self._outcomes: dict[int, list[Sample | Failure]] = {}  # by part
-        self._num_expected: dict[int, int] = {}  # by part
+        self._writer = writer
+        self._bar = bar
+        self._part_of: dict[str, Part] = {}  # by question_id
+        self._in_memory: dict[int, tuple[Part, list[Outcome]]] = {}  # by the part's number
         self._thread = ThreadPoolExecutor(1)
-        self._saving: Future = self._thread.submit(lambda: None)
+        self._writes: list[Future] = []
 
-    def expect(self, number: int, rows: list[Row]) -> None:
-        """Part `number` is this process's; these rows are missing in it."""
-        self._outcomes[number], self._num_expected[number] = [], len(rows)
-        self._waiting.update((row.question_id, (number, row)) for row in rows)
+    def expect_part(self, part: Part) -> list[Row]:
+        """This part is ours; returns its missing rows."""
+        self._in_memory[part.number] = (part, [])
+        self._part_of |= {row.question_id: part for row in part.missing}
+        self.expect(part.missing)
+        return part.missing
 
-    def waiting(self) -> list[Row]:
-        """The rows that are expected and have no outcome yet, in the order they were claimed."""
-        return [row for _, row in self._waiting.values()]
-
-    def record(self, outcome: Sample | Failure) -> None:
-        """Take an outcome."""
-        has_failed = isinstance(outcome, Failure)
-        row = outcome.row if has_failed else outcome.question.row
-        number, _ = self._waiting.pop(row.question_id)
-        self._outcomes[number].append(outcome)
-        self.num_failed += has_failed
-        self.num_extracted += not has_failed
-        self.bar.set_postfix(failed=self.num_failed, refresh=False)
-        self.bar.update()
-        if len(self._outcomes[number]) == self._num_expected[number]:
-            self._save(number)
-        elif self._saving.done():
-            self._saving.result()
+    def record(self, outcome: Outcome) -> None:
+        """Take the outcome of a row; with the last one of its part, the part is written."""
+        super().record(outcome)
+        part = self._part_of.pop(outcome.row.question_id)
+        _, outcomes = self._in_memory[part.number]
+        outcomes.append(outcome)
+        self._bar.set_postfix(failed=self.num_failed, refresh=False)
+        self._bar.update()
+        if len(outcomes) == len(part.missing):
+            wait(self._writes)  # or parts that wait to be written would fill the memory
+            self._start_write(part.number)
+        if self._writes and self._writes[-1].done():
+            self._writes[-1].result()
 
     def finish(self) -> None:
-        """Write what there is of the parts in hand."""
-        for number in list(self._outcomes):
-            self._save(number)
-        self._saving.result()
+        """Write what there is of the parts in memory, all that can be; raise what went wrong."""
+        for number in list(self._in_memory):
+            self._start_write(number)
+        wait(self._writes)
+        for write in self._writes:
+            write.result()
 
-    def _save(self, number: int) -> None:
-        self._saving.result()
-        self._saving = self._thread.submit(self._write, number, self._outcomes.pop(number))
+    def _start_write(self, number: int) -> None:
+        part, outcomes = self._in_memory.pop(number)
+        self._writes.append(self._thread.submit(self._write, part, outcomes))
 
-    def _write(self, number: int, outcomes: list[Sample | Failure]) -> None:
-        path = self._lock.output_dir / PART_NAME.format(number)
+    def _write(self, part: Part, outcomes: list[Outcome]) -> None:
         failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
         samples = [outcome for outcome in outcomes if isinstance(outcome, Sample)]
-        is_whole = len(outcomes) == self._num_expected[number]
-        if samples or (is_whole and not path.exists()):
-            self.writer.write(path, self._planned[number], samples)
-        settled = {one.row.question_id for one in failures}
-        settled |= {one.question.row.question_id for one in samples}
+        is_complete = len(outcomes) == len(part.missing)
+        try:
+            if samples or (is_complete and not part.path.exists()):
+                self._writer.write(part.path, part.planned, samples)
+        except MemoryError as error:  # which is not the model's, that half a batch would help
+            raise ExtractionError(
+                f"too little memory to put {part.path.name} together | the same command continues; "
+                "in a new directory a smaller --checkpoint-interval needs less"
+            ) from error
+        settled = {outcome.row.question_id for outcome in outcomes}
         with self._lock.failures():
-            update_failures(self._lock.output_dir, lambda q: q not in settled, failures)
+            update_failures(self._lock.output_dir, lambda name: name not in settled, failures)
 
 
-def describe_run(options: Options, revision: str, config, prompter: Prompter, rows, device) -> dict:
-    """The root attributes of every part; those in `IDENTITY` may not change."""
-    decoder, texts = config.text_config, json.dumps([dataclasses.astuple(row) for row in rows])
+def run_passes(
+    extractor: Extractor,
+    reader: ImageReader,
+    parts: Iterator[list[Row]],
+    outcomes: Outcomes,
+    stops: list[int],
+) -> None:
+    """Extract the rows that have no outcome yet, then those of `parts`, until asked to stop."""
+    all_rows = itertools.chain([outcomes.unfinished()], parts)
+    with contextlib.closing(reader.read_ahead(all_rows, outcomes.record)) as images:
+        for finished in extractor.run(images):
+            outcomes.record_pass(finished, extractor.scheduler.num_running)
+            if stops:
+                return
+
+
+def extract_rows(
+    extractor: Extractor,
+    reader: ImageReader,
+    parts: Iterator[list[Row]],
+    outcomes: Outcomes,
+    stops: list[int],
+) -> None:
+    """Extract all rows, in whatever memory there is.
+
+    Where memory runs out, half the batch continues for good, with the rows that have no outcome
+    yet. A question that does not fit alone fails, and the batch size from before it comes back.
+    """
+    size_before: dict[str, int] = {}  # by question_id: when memory first ran out before its end
+    while True:
+        try:
+            return run_passes(extractor, reader, parts, outcomes, stops)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Not in the `except`: there the traceback would keep the failed pass's tensors alive.
+        batch_size = extractor.scheduler.batch_size
+        unfinished = outcomes.unfinished()
+        for row in unfinished:
+            size_before.setdefault(row.question_id, batch_size)
+        if batch_size > 1:
+            extractor.restart(batch_size // 2)
+            log.warning("out of memory: batch size %d from here on", batch_size // 2)
+        else:
+            culprit = unfinished[0]
+            failure = Failure(culprit, "the memory is too small for it, even alone")
+            outcomes.record_pass([failure], num_running=0)
+            extractor.restart(size_before[culprit.question_id])
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, checked as far as it can be before the weights are loaded."""
+
+    rows: list[Row]  # of the whole CSV
+    wanted: list[Row]  # those to extract: all, or the first ones with --test
+    device: torch.device
+    checkpoint: Checkpoint
+    prompter: Prompter
+    settings: Settings
+    sample_bytes: int  # on the disk
+
+
+def prepare(args: argparse.Namespace) -> Job:
+    """Read the CSV and the model's small files. Raises ExtractionError."""
+    rows = read_rows(args.vqa_dataset)
+    check_images(rows, args.images_dir)
+    device = choose_device(args.device)
+    with explain_load_errors(args.model):
+        checkpoint = find_checkpoint(args.model, args.revision, args.cache_dir)
+        prompter = Prompter(checkpoint.processor, checkpoint.config)
+    settings = Settings(
+        schema_version=SCHEMA_VERSION,
+        model_revision=checkpoint.revision,
+        dtype=args.dtype,
+        layers=choose_layers(args.layers, checkpoint.config.text_config.num_hidden_layers),
+        max_new_tokens=args.max_new_tokens,
+        prompt=prompter.render("{question}"),
+        checkpoint_interval=args.checkpoint_interval,
+        dataset_sha256=hash_rows(rows),
+    )
+    wanted = rows[:NUM_TEST_ROWS] if args.test else rows
+    sample_bytes = bytes_per_sample(checkpoint.config, settings.layers)
+    return Job(rows, wanted, device, checkpoint, prompter, settings, sample_bytes)
+
+
+def hash_rows(rows: list[Row]) -> str:
+    """The sha256 of the four columns used."""
+    texts = json.dumps([dataclasses.astuple(row) for row in rows])
+    return hashlib.sha256(texts.encode()).hexdigest()
+
+
+def open_output(lock: OutputLock, job: Job, overwrite: bool, compression: str) -> set[str]:
+    """Enter the output directory: the question_ids of wanted rows that are not stored there.
+
+    Raises ExtractionError if it is in use, has parts of another run in it, or is too small.
+    """
+    output_dir = lock.output_dir
+    is_alone = lock.enter()
+    stored = set()
+    if overwrite:
+        check_overwrite(output_dir, is_alone)
+    else:
+        lock.check_others(job.settings, is_alone)
+        # Texts are compared by the process that checks, once for all.
+        stored = read_stored_names(output_dir, job.settings, job.rows if is_alone else ())
+    unstored = {row.question_id for row in job.rows if group_name(row.question_id) not in stored}
+    to_do = {row.question_id for row in job.wanted if row.question_id in unstored}
+    ours = list_our_files(output_dir) if overwrite else []
+    room = shutil.disk_usage(output_dir).free + sum(path.stat().st_size for path in ours)
+    check_room(output_dir, room, len(to_do) * job.sample_bytes, compression)
+    for path in ours:
+        path.unlink()
+    if is_alone:
+        with lock.failures():
+            update_failures(output_dir, unstored.__contains__)
+        lock.share(job.settings)
+    return to_do
+
+
+def check_overwrite(output_dir: Path, is_alone: bool) -> None:
+    """Raises ExtractionError if other processes are, or will be, at work in the directory."""
+    num_processes = launcher_number("WORLD_SIZE", 1)
+    if is_alone and num_processes == 1:
+        return
+    reason = "another process is at work there"
+    if num_processes > 1:
+        reason = f"WORLD_SIZE={num_processes} says that a launcher starts others"
+    advice = "wait for the others, or start one process"
+    raise ExtractionError(f"--overwrite needs {output_dir} for itself, and {reason} | {advice}")
+
+
+def list_our_files(output_dir: Path) -> list[Path]:
+    """What this program wrote there, and nothing else."""
+    patterns = (OUR_FILES, PARTIAL_NAME)
+    return [
+        path
+        for path in output_dir.iterdir()
+        if any(pattern.fullmatch(path.name) for pattern in patterns)
+    ]
+
+
+def check_room(output_dir: Path, room: int, needed: int, compression: str) -> None:
+    """Raises ExtractionError if the disk is too small; where compression may help, it warns."""
+    if needed <= room:
+        return
+    lack = f"{output_dir} has {room / 1e6:.1f} MB free; the run needs {needed / 1e6:.1f} MB"
+    if compression == "none":
+        raise ExtractionError(f"{lack} | make room, or choose another --output-dir")
+    log.warning("%s without compression, so it may not be enough", lack)
+
+
+def make_parts(output_dir: Path, plan: list[list[Row]], to_do: set[str]) -> list[Part]:
+    """The parts of the plan that have rows to do, by question_id."""
+    parts = []
+    for number, planned in enumerate(plan, start=1):
+        missing = [row for row in planned if row.question_id in to_do]
+        if missing:
+            parts.append(Part(number, output_dir / PART_NAME.format(number), planned, missing))
+    return parts
+
+
+def load_extractor(args: argparse.Namespace, job: Job) -> Extractor:
+    """Load the weights, and choose how many questions run side by side."""
+    checkpoint = job.checkpoint
+    dtype = getattr(torch, args.dtype)
+    with explain_load_errors(args.model):
+        download_weights(checkpoint)
+        model = load_model(checkpoint, dtype, job.device, args.device_map)
+    batch_size = args.batch_size
+    if batch_size is None:
+        cards = list_cards(job.device, args.device_map)
+        num_slots = lane_slots(len(job.prompter.prefix) + TYPICAL_QUESTION, args.max_new_tokens)
+        batch_size = choose_batch_size(checkpoint.config, dtype, cards, num_slots)
+    layers = job.settings.layers
+    extractor = Extractor(model, job.prompter, layers, args.max_new_tokens, batch_size, job.device)
+    warn_of_endless_answers(extractor)
+    return extractor
+
+
+def warn_of_endless_answers(extractor: Extractor) -> None:
+    """Warn where the token that the chat template puts after an answer does not end one."""
+    token_id = extractor.prompter.end_of_turn()
+    if extractor.max_new_tokens and token_id not in extractor.end_ids:
+        log.warning(
+            "token %s, with which the chat template ends a turn, does not end an answer: all may "
+            "run to --max-new-tokens | add it to eos_token_id in generation_config.json",
+            token_id,
+        )
+
+
+def describe_run(args: argparse.Namespace, job: Job, model: nn.Module) -> dict:
+    """The root attributes of every part, beside the settings."""
+    config = job.checkpoint.config
     described = {
-        "model_name": options.model,
-        "model_revision": revision,
-        "device": options.device_map or str(device),
-        "dtype": options.dtype,
-        "layers": choose_layers(options.layers, decoder.num_hidden_layers),
-        "num_layers": decoder.num_hidden_layers,
-        "hidden_size": decoder.hidden_size,
+        "model_name": args.model,
+        "model_type": f"gemma-3-{model.num_parameters() / 1e9:.0f}b-multimodal",
+        "device": args.device_map or str(job.device),
+        "num_layers": config.text_config.num_hidden_layers,
+        "hidden_size": config.text_config.hidden_size,
         "vision_hidden_size": config.vision_config.hidden_size,
-        "max_new_tokens": options.max_new_tokens,
-        "prompt": prompter.render("{question}"),
-        "image_processor": type(prompter.processor.image_processor).__name__,
+        "image_processor": type(job.checkpoint.processor.image_processor).__name__,
         "attn_implementation": "sdpa",
-        "torch_version": str(torch.__version__),
+        "torch_version": str(torch.__version__),  # a kind of str that h5py refuses
         "transformers_version": transformers.__version__,
         "python_version": platform.python_version(),
-        "schema_version": SCHEMA_VERSION,
-        "checkpoint_interval": options.checkpoint_interval,
-        "dataset": options.vqa_dataset.name,
-        "dataset_sha256": hashlib.sha256(texts.encode()).hexdigest(),
+        "dataset": args.vqa_dataset.name,
     }
-    if device.type == "cuda":
-        described["device_name"] = torch.cuda.get_device_name(device)
+    if job.device.type == "cuda":
+        described["device_name"] = torch.cuda.get_device_name(job.device)
         described["cuda_version"] = str(torch.version.cuda)
     return described
 
 
-def open_output(
-    options: Options, lock: OutputLock, settings: dict, rows: list[Row], sample_size: int
-) -> tuple[dict, dict]:
-    """Enter the directory and look at what is there: the plan, and the rows missing in each part.
-
-    Raises ExtractionError: in use, of another run, or too small for what is to come.
-    """
-    output_dir, planned = options.output_dir, plan_parts(rows, options.checkpoint_interval)
-    identity = {name: settings[name] for name in (*IDENTITY, "dataset_sha256")}
-    is_alone = lock.enter(identity)
-    if options.overwrite and (NUM_RANKS > 1 or not is_alone):
-        raise ExtractionError(
-            f"--overwrite needs {output_dir} for itself | wait for the others, or start one process"
-        )
-    stored: set[str] = set()
-    if not options.overwrite:
-        stored = scan_parts(output_dir, settings, rows if is_alone else ())
-    unstored = {row.question_id for row in rows if group_name(row.question_id) not in stored}
-    wanted = rows[:NUM_TEST_ROWS] if options.test else rows
-    to_do = unstored.intersection(row.question_id for row in wanted)
-    if is_alone:
-        ours = [path for path in output_dir.iterdir() if OUR_FILES.fullmatch(path.name)]
-        doomed = [path for path in ours if options.overwrite or path.suffix == ".partial"]
-        free = shutil.disk_usage(output_dir).free + sum(path.stat().st_size for path in doomed)
-        if len(to_do) * sample_size > free:
-            raise ExtractionError(
-                f"{output_dir} has {free / 1e6:.1f} MB free; the run needs "
-                f"{len(to_do) * sample_size / 1e6:.1f} MB | make room, or give another --output-dir"
-            )
-        for path in doomed:
-            path.unlink()
-        with lock.failures():
-            update_failures(output_dir, unstored.__contains__)
-        lock.share(identity)
-    missing = {k: [r for r in part if r.question_id in to_do] for k, part in planned.items()}
-    return planned, {number: left for number, left in missing.items() if left}
-
-
-def claim_parts(lock: OutputLock, missing: dict, recorder: Recorder) -> Iterator[list[Row]]:
-    """The missing rows of parts that no other process has, which the recorder is told to expect;
-    at the end once more of the others, as what a process that died had is free again.
-    """
-    left, has_claimed = dict(missing), True
-    while has_claimed:
-        has_claimed = False
-        for number in list(left):
-            if not lock.claim(number):
-                continue
-            has_claimed = True
-            rows, path = left.pop(number), lock.output_dir / PART_NAME.format(number)
-            if path.exists():  # with more than before, if others were here meanwhile
-                with open_part(path) as part:
-                    rows = [row for row in rows if group_name(row.question_id) not in part]
-            if rows:
-                recorder.expect(number, rows)
-                yield rows
-
-
-def work_through(
-    options: Options, extractor: Extractor, parts: Iterator, recorder: Recorder, stops: list[int]
-) -> None:
-    """Extract the rows of all parts, or until it is to stop.
-
-    Where the device's memory runs short, half the batch goes on with the rows that have no outcome
-    yet; a question that does not fit alone fails, and batches are as large as before it again.
-    """
-    usual, num_since, is_done = extractor.batch_size, 0, False  # outcomes since it last ran short
-    failed_images: set[str] = set()
-    while not is_done:
-        rows = itertools.chain([recorder.waiting()], parts)
-        pictures = read_ahead(options, extractor.prompter, rows, recorder.record)
-        try:
-            with contextlib.closing(pictures):
-                for outcomes in extractor.run(pictures):
-                    for outcome in outcomes:
-                        recorder.record(outcome)
-                    num_since += len(outcomes)
-                    failed_images |= {o.row.image_id for o in outcomes if isinstance(o, Failure)}
-                    is_vain = outcomes and not (recorder.num_extracted or extractor.num_live())
-                    if is_vain and len(failed_images) >= MAX_FAILED_IMAGES:
-                        raise ExtractionError(
-                            f"the first {len(failed_images)} images that the model saw all failed: "
-                            "something is wrong with all of them | the last, question_id "
-                            f"{outcomes[-1].row.question_id!r}: {outcomes[-1].error}"
-                        )
-                    if stops:
-                        break
-            is_done = True
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if num_since >= usual:  # this size has held for long, so it is not what was too much
-                usual = extractor.batch_size
-            num_since = 0
-        if not is_done and extractor.batch_size == 1:
-            reason = "the device's memory is too small for it"
-            recorder.record(Failure(recorder.waiting()[0], reason))
-            extractor.restart(usual)
-        elif not is_done:
-            extractor.restart(extractor.batch_size // 2)
-            log.warning("out of memory: batch size %d from here on", extractor.batch_size)
-
-
-def extract(options: Options) -> int:
-    """Run an extraction, from the CSV to the last part; the exit status."""
-    rows = read_rows(options.vqa_dataset)
-    check_images(rows, options.images_dir)
-    device = check_device(options.device)
-    with explain_load_errors(options.model):
-        directory, revision = find_model(options)
-        config, processor = load_processor(directory)
-        prompter = Prompter(processor, config)
-    settings = describe_run(options, revision, config, prompter, rows, device)
-    sample_size = bytes_per_sample(config, settings["layers"])
-    with contextlib.closing(OutputLock(options.output_dir)) as lock:
-        planned, missing = open_output(options, lock, settings, rows, sample_size)
-        num_rows = min(len(rows), NUM_TEST_ROWS) if options.test else len(rows)
-        num_missing = sum(map(len, missing.values()))
-        log.info("%d rows in the plan, %d to do", num_rows, num_missing)
-        recorder = Recorder(lock, planned)
-        parts = claim_parts(lock, missing, recorder)
-        # The rows of the first part wait in the recorder; without one no model need be loaded.
-        if next(parts, None) is None and not options.test:
-            return summarise(recorder, num_rows, num_missing, 0.0)
-        with explain_load_errors(options.model):
-            fetch_weights(options, directory)
-            model = load_model(options, directory, config, device)
-        settings["model_type"] = f"gemma-3-{model.num_parameters() / 1e9:.0f}b-multimodal"
-        width = lane_width(prompter, options.max_new_tokens)
-        limits = (options.max_new_tokens, choose_batch_size(options, config, width, device))
-        extractor = Extractor(model, prompter, settings["layers"], *limits, device)
-        recorder.writer = PartWriter(settings, prompter, options.compression)
-        start, interval = time.monotonic(), 0.5 if sys.stderr.isatty() else 30
-        style = {"unit": " samples", "smoothing": 0, "mininterval": interval, "disable": RANK > 0}
-        with catch_signals() as stops, logging_redirect_tqdm([log]):
+def extract(args: argparse.Namespace) -> int:
+    """Run an extraction, from the CSV to the last part; returns the exit status."""
+    job = prepare(args)
+    with contextlib.closing(OutputLock(args.output_dir)) as lock:
+        to_do = open_output(lock, job, args.overwrite, args.compression)
+        log.info("%d rows in the plan, %d to do", len(job.wanted), len(to_do))
+        plan = plan_parts(job.rows, args.checkpoint_interval)
+        claims = Claims(lock, make_parts(args.output_dir, plan, to_do))
+        # Claimed before the model loads: eight processes on two parts need not load eight models.
+        first_part = claims.claim_next()
+        if first_part is None and not args.test:
+            return summarise(Outcomes(), job, len(to_do), seconds=0)
+        extractor = load_extractor(args, job)
+        attributes = describe_run(args, job, extractor.model) | dataclasses.asdict(job.settings)
+        writer = PartWriter(attributes, job.prompter, args.compression)
+        reader = make_reader(args, job)
+        start = time.monotonic()
+        with (
+            catch_signals() as stops,
+            logging_redirect_tqdm([log]),
+            make_bar(len(to_do)) as bar,
+        ):
+            recorder = Recorder(lock, writer, bar)
+            parts = claim_all(claims, first_part)
             try:
-                with tqdm(total=num_missing, **style) as recorder.bar:
-                    work_through(options, extractor, parts, recorder, stops)
+                extract_rows(extractor, reader, map(recorder.expect_part, parts), recorder, stops)
             finally:
                 recorder.finish()
         seconds = time.monotonic() - start
         if stops:
-            log.warning("stopped; what was done is saved, and the same command goes on from there")
+            log.warning("stopped; what was finished is saved, and the same command continues")
             return stops[0]
-        is_sound = not options.test or RANK or report_test(options, settings, extractor, rows)
-        status = summarise(recorder, num_rows, num_missing, seconds)
+        if reader.transparent:
+            num_images = len(reader.transparent)
+            told = "%d images are partly transparent, which is dropped as transformers does: %r ..."
+            log.warning(told, num_images, reader.transparent[0])
+        is_sound = True
+        if args.test and launcher_number("RANK", 0) == 0:
+            is_sound = report_test(args, job, extractor)
+        status = summarise(recorder, job, len(to_do), seconds)
         return status if is_sound else 1
 
 
-def summarise(recorder: Recorder, num_rows: int, num_missing: int, seconds: float) -> int:
-    """Print the last line; the exit status."""
-    num_extracted, num_failed = recorder.num_extracted, recorder.num_failed
+def claim_all(claims: Claims, first_part: Part | None) -> Iterator[Part]:
+    """The part that was claimed already, then others, each claimed when it is asked for."""
+    part = first_part
+    while part is not None:
+        yield part
+        part = claims.claim_next()
+
+
+def make_reader(args: argparse.Namespace, job: Job) -> ImageReader:
+    """The reader of the CSV's images."""
+    dtype = getattr(torch, args.dtype)
+    is_pinned = job.device.type == "cuda"
+    return ImageReader(job.prompter, args.images_dir, dtype, args.num_workers, is_pinned)
+
+
+def make_bar(total: int) -> tqdm:
+    """The progress bar: on a terminal twice a second, in a log twice a minute."""
+    interval = 0.5 if sys.stderr.isatty() else 30
+    is_silent = launcher_number("RANK", 0) > 0
+    return tqdm(total=total, unit=" samples", smoothing=0, mininterval=interval, disable=is_silent)
+
+
+def summarise(outcomes: Outcomes, job: Job, num_to_do: int, seconds: float) -> int:
+    """Print the last line; returns the exit status."""
+    num_extracted = outcomes.num_extracted
+    num_failed = outcomes.num_failed
     if num_failed:
-        log.warning("what failed, and why: %s in the output directory", FAILED_NAME)
-    counts = f"{num_failed} failed, {num_rows - num_missing} already done"
-    if num_others := num_missing - num_extracted - num_failed:
-        counts += f", {num_others} by other processes"
-    rate = f"{seconds:.1f} s: {num_extracted / max(seconds, 1e-9):.2f} samples/s"
-    print(f"Extracted {num_extracted} of {num_rows} samples ({counts}) in {rate}", file=sys.stderr)
+        log.warning("%s in the output directory says which rows failed, and why", FAILED_NAME)
+    counts = f"{num_failed} failed, {len(job.wanted) - num_to_do} already done"
+    if num_by_others := num_to_do - num_extracted - num_failed:
+        counts += f", {num_by_others} by other processes"
+    extracted = f"Extracted {num_extracted} of {len(job.wanted)} samples ({counts})"
+    rate = num_extracted / max(seconds, 1e-9)
+    print(f"{extracted} in {seconds:.1f} s: {rate:.2f} samples/s", file=sys.stderr)
     # A launcher of several processes ends all of them with the first that ends with an error.
-    return 3 if num_failed and NUM_RANKS == 1 else 0
+    return 3 if num_failed and launcher_number("WORLD_SIZE", 1) == 1 else 0
 
 
 # ─────────────────────────────────────────── --test ────────────────────────────────────────────
 @torch.inference_mode()
-def plain_forward(extractor: Extractor, image: Image.Image, question: str, has_mask: bool = True):
-    """The same prompt by transformers alone: its own norm, no cache, no hook, nothing shared.
+def run_plainly(
+    extractor: Extractor, image: Image.Image, question: str, has_image_mask: bool = True
+) -> tuple[list[int], dict[str, Tensor], Tensor]:
+    """What transformers alone gives for a prompt: no hook, no cache, nothing shared, Gemma's norm.
 
-    Gives input_ids [T], the patches' mean [D_v], and every layer's output [num_layers, T, D].
+    Returns input_ids [T], the vectors by their names, and the last layer at the soft tokens.
     """
-    model, processor = extractor.model, extractor.prompter.processor
-    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-    how = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    turns = [{"role": "user", "content": content}]
-    inputs = processor.apply_chat_template(turns, add_generation_prompt=True, **how)
-    inputs = inputs.to(extractor.device, model.dtype)
-    if not has_mask:
+    model = extractor.model
+    prompter = extractor.prompter
+    decoder = model.model.language_model
+    inputs = prompter.processor.apply_chat_template(
+        [make_user_turn({"type": "image", "image": image}, question)],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(extractor.device, model.dtype)
+    if not has_image_mask:
         del inputs["token_type_ids"]
-    decoder, norm = model.model.language_model, model.model.language_model.norm
-    decoder.norm, Gemma3RMSNorm.forward = nn.Identity(), PLAIN_NORM
+    final_norm = decoder.norm
+    decoder.norm = nn.Identity()  # so that the last of the hidden states is the last layer's output
+    set_norm(model, Gemma3RMSNorm.forward)
     try:
         outputs = model.model(**inputs, output_hidden_states=True, use_cache=False)
     finally:
-        decoder.norm, Gemma3RMSNorm.forward = norm, short_norm
-    patches = model.model.vision_tower(inputs["pixel_values"]).last_hidden_state
-    hidden_states = torch.stack([h[0].float().cpu() for h in outputs.hidden_states[1:]])
-    return inputs["input_ids"][0].tolist(), patches[0].float().mean(0).cpu(), hidden_states
+        decoder.norm = final_norm
+        set_norm(model, short_norm)
+    patches = model.model.vision_tower(inputs["pixel_values"]).last_hidden_state[0].float()
+    vectors = {VISION: patches.mean(0).cpu()}
+    for layer_idx in extractor.layers:
+        states = outputs.hidden_states[layer_idx + 1][0].float().cpu()  # [T, D]
+        vectors[f"{VISION_TOKEN}/layer_{layer_idx}"] = states[prompter.soft_stop - 1]
+        vectors[f"{QUERY_TOKEN}/layer_{layer_idx}"] = states[-1]
+        vectors[f"{MULTIMODAL}/layer_{layer_idx}"] = states.mean(0)
+    soft_states = outputs.hidden_states[-1][0, prompter.soft_start : prompter.soft_stop].float()
+    return inputs["input_ids"][0].tolist(), vectors, soft_states.cpu()
 
 
-def compare_with_plain(options: Options, extractor: Extractor, sample: Sample) -> tuple:
-    """Compare a sample with plain forward passes of its prompt.
-
-    Gives whether they have the same tokens, the relative L2 effect of the image mask at the soft
-    tokens, and the relative L2 error of each vector.
-    """
-    row, prompter = sample.question.row, extractor.prompter
-    image, _ = open_image(options.images_dir, row.image_id)
-    input_ids, patches, hidden = plain_forward(extractor, image, row.question)
-    _, _, unmasked = plain_forward(extractor, image, row.question, has_mask=False)
-    kept = hidden[extractor.layers]  # [layers, T, D]
-    soft = slice(prompter.soft_start, prompter.soft_stop)
-    expected = [patches, *kept[:, soft.stop - 1], *kept[:, -1], *kept.mean(dim=1)]
-    found = map(torch.as_tensor, sample.vectors.values())
-    errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
-    effect = (unmasked[-1, soft] - hidden[-1, soft]).norm() / hidden[-1, soft].norm()
-    return input_ids == sample.question.input_ids, float(effect), errors
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The L2 norm of the difference by that of what was expected."""
+    return float((found - expected).norm() / expected.norm())
 
 
-def print_checks(options: Options, extractor: Extractor, samples: list[Sample]) -> bool:
-    """Print what comparisons show, and the errors of each layer; whether all is well."""
-    prompter, layers = extractor.prompter, extractor.layers
-    compared = [compare_with_plain(options, extractor, sample) for sample in samples]
-    same_tokens, effects, all_errors = zip(*compared, strict=True)
-    errors, effect = torch.tensor(all_errors).amax(dim=0), min(effects)  # amax keeps a NaN
-    worst, bound = float(errors.max()), TEST_BOUNDS[options.dtype]
-    positions = [len(sample.question.input_ids) - 1 for sample in samples]
-    last_soft, eps = prompter.soft_stop - 1, torch.finfo(extractor.model.dtype).eps
-    checks = {
-        "the processor's own tokens, one <bos>": all(same_tokens),
-        f"soft tokens {prompter.soft_start} to {last_soft}, vision token {last_soft}, query tokens "
-        f"{positions}": min(positions) > last_soft,
-        f"the image mask changes soft tokens by {effect:.1e}": effect > 10 * eps,
-        f"plain forward passes give the same: error {worst:.1e}, bound {bound:g}": worst <= bound,
-    }
-    for what, is_well in checks.items():
-        print(f"{'ok  ' if is_well else 'FAIL'}  {what}")
-    print(f"      {VISION} {errors[0]:.1e}; by layer {', '.join(map(str, layers))}:")
-    for kind, of_kind in zip(LAYER_KINDS, errors[1:].split(len(layers)), strict=True):
-        print(f"      {kind:<28}{' '.join(f'{error:.1e}' for error in of_kind)}")
-    return all(checks.values())
+def read_vectors(output_dir: Path, row: Row, names: Iterable[str]) -> dict[str, Tensor]:
+    """What is stored for a row; nothing if it is not."""
+    for path in output_dir.glob("gemma3_12b_embeddings_part_*.h5"):
+        with explain_read_errors(path), h5py.File(path, "r", locking=False) as part:
+            if group_name(row.question_id) in part:
+                group = part[group_name(row.question_id)]
+                return {name: torch.as_tensor(group[name][()]) for name in names}
+    return {}
 
 
-def report_test(options: Options, settings: dict, extractor: Extractor, rows: list[Row]) -> bool:
-    """Print what the first rows show and what the whole CSV would take; whether all is well."""
-
-    def run(rows: list[Row]) -> list[Sample]:
-        pictures = read_ahead(options, extractor.prompter, [rows], lambda failure: None)
-        outcomes = itertools.chain.from_iterable(extractor.run(pictures))
-        return [outcome for outcome in outcomes if isinstance(outcome, Sample)]
-
-    samples = run(rows[:NUM_TEST_ROWS])
-    if not samples:
-        print("none of the first rows can be extracted, so nothing was checked")
-        return True
-    is_sound = print_checks(options, extractor, samples)
-    by_image = group_by_image(rows)
-    some = by_image[:: max(1, len(rows) // extractor.batch_size)]  # about a batch, from everywhere
-    start = time.monotonic()
-    lengths = [len(sample.answer_ids) for sample in run([row for about in some for row in about])]
-    seconds = (time.monotonic() - start) / max(1, len(lengths)) / NUM_RANKS
-    num_tokens = sum(lengths) / max(1, len(lengths))
-    sample_size = bytes_per_sample(extractor.model.config, extractor.layers)
-    free = shutil.disk_usage(options.output_dir).free / 1e9
-    memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
-    if extractor.device.type == "cuda":
-        memory += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the card"
-    print(
-        f"torch {settings['torch_version']}, transformers {settings['transformers_version']}; "
-        f"{options.dtype} on {settings.get('device_name', settings['device'])}\n"
-        f"peak memory {memory}\n"
-        f"the whole CSV takes {len(rows) * sample_size / 1e9:.2f} GB; {free:.0f} GB are free\n"
-        f"{len(rows)} rows about {len(by_image)} images take {len(rows) * seconds / 3600:.2f} h at "
-        f"{1 / seconds:.2f} samples/s, if answers have {num_tokens:.0f} tokens as here",
-        flush=True,
-    )
+def report_test(args: argparse.Namespace, job: Job, extractor: Extractor) -> bool:
+    """Print what the first rows show and what the whole CSV would take; returns if all is well."""
+    has_same_tokens = []
+    query_pos = []
+    mask_effects = []
+    errors: dict[str, list[float]] = {}  # by the vector's name, of each row
+    for row in job.wanted:
+        try:
+            image, _, _ = open_image(args.images_dir, row.image_id)
+            input_ids = job.prompter.tokenize(row.question)
+        except RowError:
+            continue
+        plain_ids, expected, soft_states = run_plainly(extractor, image, row.question)
+        _, _, unmasked = run_plainly(extractor, image, row.question, has_image_mask=False)
+        has_same_tokens.append(input_ids == plain_ids)
+        query_pos.append(len(input_ids) - 1)
+        mask_effects.append(relative_error(unmasked, soft_states))
+        for name, vector in read_vectors(args.output_dir, row, expected).items():
+            errors.setdefault(name, []).append(relative_error(vector, expected[name]))
+    is_sound = True
+    if errors:
+        worst = {name: float(torch.tensor(of_rows).amax()) for name, of_rows in errors.items()}
+        is_sound = print_checks(extractor, has_same_tokens, query_pos, min(mask_effects), worst)
+    else:
+        print("none of the first rows could be extracted, so nothing was checked")
+    print_forecast(args, job, extractor)
     return is_sound
 
 
+def print_checks(
+    extractor: Extractor,
+    has_same_tokens: list[bool],
+    query_pos: list[int],
+    mask_effect: float,
+    errors: dict[str, float],
+) -> bool:
+    """Print what the comparisons show, with the errors of each layer; returns if all is well."""
+    start = extractor.prompter.soft_start
+    last = extractor.prompter.soft_stop - 1
+    dtype = extractor.model.dtype
+    bound = TEST_BOUNDS[str(dtype).removeprefix("torch.")]
+    worst = float(torch.tensor(list(errors.values())).amax())  # amax keeps a NaN
+    checks = {
+        "tokens are the processor's own, with one <bos>": all(has_same_tokens),
+        f"soft tokens {start} to {last}, vision token {last}, query tokens {query_pos}": (
+            min(query_pos) > last
+        ),
+        f"the image mask changes the soft tokens by {mask_effect:.1e}": (
+            mask_effect > 10 * torch.finfo(dtype).eps
+        ),
+        f"states equal plain forward passes: error {worst:.1e}, bound {bound:g}": worst <= bound,
+    }
+    for what, is_well in checks.items():
+        print(f"{'ok  ' if is_well else 'FAIL'}  {what}")
+    print(f"      {VISION} {errors[VISION]:.1e}; by layer {', '.join(map(str, extractor.layers))}:")
+    for kind in (VISION_TOKEN, QUERY_TOKEN, MULTIMODAL):
+        of_kind = [f"{errors[f'{kind}/layer_{layer_idx}']:.1e}" for layer_idx in extractor.layers]
+        print(f"      {kind:<28}{' '.join(of_kind)}")
+    return all(checks.values())
+
+
+def print_forecast(args: argparse.Namespace, job: Job, extractor: Extractor) -> None:
+    """Extract about one batch of rows, and print what the whole CSV takes if all are like these."""
+    num_rows = len(job.rows)
+    by_image = group_by_image(job.rows)
+    step = max(1, num_rows // extractor.scheduler.batch_size)
+    outcomes = Outcomes()
+    outcomes.expect([row for about_image in by_image[::step] for row in about_image])
+    start = time.monotonic()
+    extract_rows(extractor, make_reader(args, job), iter(()), outcomes, stops=[])
+    seconds = time.monotonic() - start
+    memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
+    device = str(job.device)
+    if job.device.type == "cuda":
+        memory += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the card"
+        device = torch.cuda.get_device_name(job.device)
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{versions}; {args.dtype} on {device}\npeak memory {memory}")
+    size = num_rows * job.sample_bytes / 1e9
+    free = shutil.disk_usage(args.output_dir).free / 1e9
+    print(f"the whole CSV takes {size:.2f} GB; {free:.0f} GB are free", flush=True)
+    num_samples = outcomes.num_extracted
+    if not num_samples:
+        return
+    rate = num_samples / seconds * launcher_number("WORLD_SIZE", 1)
+    mean = outcomes.num_answer_tokens / num_samples
+    print(
+        f"{num_rows} rows about {len(by_image)} images take {num_rows / rate / 3600:.2f} h at "
+        f"{rate:.2f} samples/s, if answers have {mean:.0f} tokens as here",
+        flush=True,
+    )
+    if args.max_new_tokens and outcomes.num_truncated == num_samples:
+        print(
+            f"none of {num_samples} answers ended within {args.max_new_tokens} tokens", flush=True
+        )
+
+
 # ───────────────────────────────────────── command line ────────────────────────────────────────
-def positive(text: str) -> int:
-    """A whole number from 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+class ForgivingStream:
+    """A text stream whose writes may fail unnoticed.
+
+    A log on a full disk, a `tee` that died or a terminal that was closed must not end a run.
+    """
+
+    def __init__(self, stream) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+def whole_number(text: str, minimum: int = 0) -> int:
+    """A whole number of at least `minimum`."""
+    if not text.isdecimal() or int(text) < minimum:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
     return int(text)
 
 
+def positive_number(text: str) -> int:
+    """A whole number of at least 1."""
+    return whole_number(text, minimum=1)
+
+
 def number_or_auto(text: str) -> int | None:
-    """A whole number from 1, or None for `auto`."""
-    return None if text == "auto" else positive(text)
+    """A whole number of at least 1, or None for `auto`."""
+    return None if text == "auto" else positive_number(text)
 
 
 def layer_list(text: str) -> tuple[int, ...] | str:
     """Comma-separated whole numbers, or `all`."""
-    return text if text == "all" else tuple(int(part) for part in text.split(","))
+    if text == "all":
+        return text
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither `all` nor whole numbers with commas, as in --layers=-1,0,12"
+        ) from None
 
 
-def read_options(words: list[str]) -> Options:
-    """What the command line says."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    dtypes, cores = list(TEST_BOUNDS), min(8, len(os.sched_getaffinity(0)))
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it is, and the default behind each flag's help."""
+
+
+def read_args(argv: list[str] | None) -> argparse.Namespace:
+    """What the command line says; exits with status 2 if it is wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
-    columns = "with question_id, image_id or image_name, question, answer or gt_answer"
+    columns = "CSV with question_id, image_id or image_name, question, answer or gt_answer"
     add("--vqa-dataset", type=Path, required=True, metavar="CSV", help=columns)
-    add("--images-dir", type=Path, required=True, metavar="DIR", help="where image_id names a file")
-    add("--output-dir", type=Path, default="output", metavar="DIR", help="for parts (%(default)s)")
+    add("--images-dir", type=Path, required=True, metavar="DIR", help="directory of the images")
+    add("--output-dir", type=Path, default="output", metavar="DIR", help="for the part files")
     add("--overwrite", action="store_true", help="start afresh: delete what this program wrote")
-    add("--test", action="store_true", help="first 3 rows, then checks, and time and disk for all")
-    add("--model", default="google/gemma-3-12b-it", help="on the hub, or a directory (%(default)s)")
-    add("--revision", default="main", help="branch, tag or commit on the hub (%(default)s)")
-    add("--cache-dir", type=Path, default="model_cache", help="for downloads (%(default)s)")
-    add("--device", default="cuda", help="cuda, cpu or any torch device (%(default)s)")
+    add("--test", action="store_true", help="extract the first 3 rows, check them, and forecast")
+    add("--model", default="google/gemma-3-12b-it", help="hub name or local directory")
+    add("--revision", default="main", help="branch, tag or commit on the hub")
+    cache = (
+        "for downloads; None: this machine's Hugging Face cache, if all is there, or ./model_cache"
+    )
+    add("--cache-dir", type=Path, metavar="DIR", help=cache)
+    add("--device", default="cuda", help="cuda, cpu or any torch device")
     add("--device-map", choices=["auto"], help="spread one model over all visible GPUs")
-    add("--dtype", choices=[*dtypes, "float16"], default="bfloat16", help="(%(default)s)")
-    add("--layers", type=layer_list, metavar="I,J|all", help="negative: from the end (the five)")
-    add("--max-new-tokens", type=int, default=200, metavar="N", help="0: no answers (%(default)s)")
-    auto = {"type": number_or_auto, "default": "auto", "metavar": "N|auto"}
-    add("--batch-size", **auto, help="questions side by side (%(default)s)")
-    add("--num-workers", type=positive, default=cores, metavar="N", help="threads (%(default)s)")
-    add("--checkpoint-interval", type=positive, default=1000, metavar="N", help="per file (1000)")
-    packing = {"choices": ["none", "gzip", "lzf"], "default": "none"}
-    add("--compression", **packing, help="of the vectors (%(default)s)")
-    options = parser.parse_args(words)
-    if options.dtype == "float16":
-        parser.error("argument --dtype: Gemma 3's states pass float16's 65504; take bfloat16")
-    if options.max_new_tokens < 0:
-        parser.error("argument --max-new-tokens: less than 0")
-    return options
+    dtypes = [*TEST_BOUNDS, "float16"]
+    add("--dtype", choices=dtypes, default="bfloat16", help="of the model; float16 is refused")
+    layers = "layers to store, or `all`; negative ones from the end; None: first, quarters and last"
+    add("--layers", type=layer_list, metavar="=-1,0", help=layers)
+    limit = "longest answer in tokens; 0 generates none"
+    add("--max-new-tokens", type=whole_number, default=200, metavar="N", help=limit)
+    size = "questions that run side by side; auto: as many as the memory takes"
+    add("--batch-size", type=number_or_auto, default="auto", metavar="N", help=size)
+    cores = min(8, len(os.sched_getaffinity(0)))
+    workers = "threads that read and resize images beside the model"
+    add("--num-workers", type=positive_number, default=cores, metavar="N", help=workers)
+    interval = "samples in a part file"
+    add("--checkpoint-interval", type=positive_number, default=1000, metavar="N", help=interval)
+    add("--compression", choices=["none", "gzip"], default="none", help="of the vectors")
+    args = parser.parse_args(argv)
+    if args.dtype == "float16":
+        parser.error("argument --dtype: Gemma 3's states exceed float16's 65504; use bfloat16")
+    return args
+
+
+def set_up_log() -> None:
+    """Messages go to stderr. Of several processes only rank 0 tells of milestones."""
+    rank = launcher_number("RANK", 0)
+    handler = logging.StreamHandler()
+    if rank:
+        handler.setFormatter(logging.Formatter(f"RANK {rank}: %(message)s"))
+    log.handlers = [handler]
+    log.setLevel(logging.WARNING if rank else logging.INFO)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line's entry; the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if "--layers" in words[:-1]:  # "-1,2" looks like a flag to argparse, but not behind a "="
-        place = words.index("--layers")
-        words[place : place + 2] = [f"--layers={words[place + 1]}"]
-    options = read_options(words)
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(f"process {RANK}: %(message)s" if RANK else None))
-    log.handlers = [handler]
-    log.setLevel(logging.WARNING if RANK else logging.INFO)
+    """The command line's entry; returns the exit status."""
+    args = read_args(argv)
+    log.handlers = [logging.StreamHandler()]
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we refuse such images
     try:
-        return extract(options)
+        set_up_log()
+        return extract(args)
     except KeyboardInterrupt:
         return 130
     except ExtractionError as error:
-        told = str(error)
-    except (OSError, RuntimeError, MemoryError) as error:
-        told = f"{str(error) or type(error).__name__} | what {options.output_dir} holds is whole, "
-        told += "what could not be written is lost; the same command goes on"
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            told += ", once there is room"
-    log.error("%s", " ".join(told.split()))
+        message = str(error)
+    except OSError as error:
+        message = (
+            f"{error} | the files in {args.output_dir} are whole; what could not be written is "
+        )
+        message += "lost, and the same command continues"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message += " once there is room"
+    log.error("%s", " ".join(message.split())[: 2 * MAX_MESSAGE])
     return 1
 
 
 if __name__ == "__main__":
+    sys.stdout = ForgivingStream(sys.stdout)
+    sys.stderr = ForgivingStream(sys.stderr)
     raise SystemExit(main())

@@ -55,7 +55,7 @@ def make_options(vqa_dataset=CSV, images_dir=IMAGES, **fields):
     import run_gemma3_extraction as script
 
     words = ["--vqa-dataset", str(vqa_dataset), "--images-dir", str(images_dir)]
-    return argparse.Namespace(**{**vars(script.read_options(words)), **fields})
+    return argparse.Namespace(**{**vars(script.read_args(words)), **fields})
 
 
 def inspect(capsys, *args):

@@ -10,6 +10,7 @@ run. Exit status 1 if anything is not.
 
 import argparse
 import atexit
+import dataclasses
 import multiprocessing
 import os
 import random
@@ -31,7 +32,7 @@ DONE = 3  # every row has its outcome: one in 20 has an image that is not there
 PATIENCE = 300  # seconds, on a machine that has better things to do
 MEMORY_ROWS, MEMORY_LIMIT = (1500, 5000), 50  # MB
 PART_1 = script.PART_NAME.format(1)
-SETTINGS = dict.fromkeys((*script.IDENTITY, "dataset_sha256"), "as ever")  # a made-up run's
+SETTINGS = script.Settings(**{one.name: "as ever" for one in dataclasses.fields(script.Settings)})
 MODELS = "transformers.models"
 WARM = [f"{MODELS}.gemma3.{name}_gemma3" for name in ("processing", "image_processing_pil")]
 WARM += [f"{MODELS}.siglip.modeling_siglip", f"{MODELS}.gemma.tokenization_gemma", "fault_test"]

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import CSV, IMAGES, MODEL, make_options, read_csv
+from conftest import IMAGES, MODEL, read_csv
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
@@ -20,7 +20,6 @@ import run_gemma3_extraction as script
 LAYERS = [0, 2, 4, 6, 7]
 MAX_NEW_TOKENS = 40
 CPU = torch.device("cpu")
-PLAIN_NORM = script.PLAIN_NORM
 
 
 def make_rows():
@@ -33,17 +32,12 @@ def make_rows():
     return [*rows, script.Row("very long", "wide.jpg", words, "")]
 
 
-def reference(model, processor, row):
-    """All of one prompt from the model's own entry points, with its own norm."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Gemma3RMSNorm, "forward", PLAIN_NORM)
-        return plain_reference(model, processor, row)
-
-
 @torch.inference_mode()
-def plain_reference(model, processor, row):
-    """`generate`, and `output_hidden_states` with the final norm taken out: no hooks."""
-    image, _ = script.open_image(IMAGES, row.image_id)
+def reference(model, processor, row):
+    """One prompt by transformers alone, without hooks: `generate`, and `output_hidden_states` with
+    the final norm taken out.
+    """
+    image, _, _ = script.open_image(IMAGES, row.image_id)
     content = [{"type": "image", "image": image}, {"type": "text", "text": row.question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -89,11 +83,9 @@ def references(model, processor):
 
 def load(directory, dtype="float32"):
     """The program's own loading: model and prompter."""
-    options = make_options(model=str(directory), dtype=dtype, device="cpu")
-    path, _ = script.find_model(options)
-    config, processor = script.load_processor(path)
-    model = script.load_model(options, path, config, CPU)
-    return model, script.Prompter(processor, config)
+    checkpoint = script.find_checkpoint(str(directory), "main", None)
+    model = script.load_model(checkpoint, getattr(torch, dtype), CPU, device_map=None)
+    return model, script.Prompter(checkpoint.processor, checkpoint.config)
 
 
 @pytest.fixture(scope="module")
@@ -106,20 +98,20 @@ def make_extractor(model, prompter, batch_size=16, max_new_tokens=MAX_NEW_TOKENS
 
 
 def read_all(prompter, rows, dtype="float32"):
-    """The images with their questions, as the run reads them."""
-    options = make_options(CSV, IMAGES, dtype=dtype, device="cpu", num_workers=2)
-    return script.read_ahead(options, prompter, [rows], fail=pytest.fail)
+    """The images with their prompts, as the run reads them."""
+    dtype = getattr(torch, dtype)
+    reader = script.ImageReader(prompter, IMAGES, dtype, num_workers=2, is_pinned=False)
+    return reader.read_ahead([rows], fail=pytest.fail)
 
 
 def run_all(extractor, rows=None):
     """The extractor's own pipeline, without files: samples and failures by question_id."""
     dtype = str(extractor.model.dtype).partition(".")[2]
     found = {}
-    pictures = read_all(extractor.prompter, rows or make_rows(), dtype)
-    for outcome in itertools.chain.from_iterable(extractor.run(pictures)):
-        row = outcome.row if isinstance(outcome, script.Failure) else outcome.question.row
-        assert row.question_id not in found
-        found[row.question_id] = outcome
+    images = read_all(extractor.prompter, rows or make_rows(), dtype)
+    for outcome in itertools.chain.from_iterable(extractor.run(images)):
+        assert outcome.row.question_id not in found
+        found[outcome.row.question_id] = outcome
     return found
 
 
@@ -141,7 +133,7 @@ def assert_as_references(found, references):
     assert worst_error(found, references) < 1e-4
     for question_id, sample in found.items():
         expected = references[question_id]
-        assert sample.question.input_ids == expected["input_ids"]
+        assert sample.prompt.input_ids == expected["input_ids"]
         assert sample.answer_ids == expected["answer"]
         assert sample.is_truncated == expected["truncated"]
         assert sample.logprobs == pytest.approx(expected["logprobs"], abs=1e-4)
@@ -202,8 +194,7 @@ def test_what_is_offloaded_changes_nothing(prompter, references, tmp_path, monke
     modules += [f"language_model.layers.{i}" for i in range(8)]
     places = {f"model.{module}": "cpu" for module in modules} | {"lm_head": "cpu"}
     places |= dict.fromkeys(OFFLOADED[name], "disk")
-    placed = {"device_map": places, "offload_folder": tmp_path}
-    monkeypatch.setattr(script, "place_weights", lambda *_: placed)
+    monkeypatch.setattr(script, "place_weights", lambda *_: (places, None))
     model, _ = load(MODEL)
     assert any(weight.is_meta for weight in model.parameters())
     rows = make_rows()[::3]
@@ -263,7 +254,8 @@ def test_the_short_norm_is_gemmas():
     torch.nn.init.normal_(norm.weight)
     for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
         hidden = (1000 * torch.randn(3, 5, 64)).to(dtype)
-        found, expected = script.short_norm(norm, hidden), PLAIN_NORM(norm, hidden)
+        found = script.short_norm(norm, hidden)
+        expected = norm(hidden)
         assert found.dtype == dtype
         torch.testing.assert_close(found, expected, rtol=bound, atol=0)
 
@@ -273,31 +265,35 @@ def test_the_short_norm_is_gemmas():
 
 def reverse_after(close_gaps):
     def broken(self):
-        close_gaps(self)
-        self._live.reverse()
+        moves = close_gaps(self)
+        self.running.reverse()
+        for lane, sequence in enumerate(self.running):
+            sequence.lane = lane
+        return moves
 
     return broken
 
 
-def keep_dead(finish):
-    def broken(self, lane, is_truncated):
-        live = self._live[lane]
-        sample = finish(self, lane, is_truncated)
-        if len(live.answer_ids) < 20:
-            self._live[lane] = live
-        return sample
+def keep_ended(finish):
+    def broken(self, sequence):
+        outcome = finish(self, sequence)
+        if len(sequence.generated_ids) < 20:
+            self.scheduler.running[sequence.lane] = sequence
+        return outcome
 
     return broken
 
 
 def hook_decoding(decode):
     def broken(self):
-        lives, zeros = list(self._live), torch.zeros(len(self._live), dtype=torch.long)
-        with script.capture(self.model, self.layers, zeros, zeros + 1) as (_, kept, _):
+        running = list(self.scheduler.running)
+        zeros = torch.zeros(len(running), dtype=torch.long)
+        is_padding = torch.zeros(len(running), 1, dtype=torch.bool)
+        with script.capture_states(self.model, self.layers, zeros, is_padding) as states:
             outcomes = decode(self)
-        for live, query_token in zip(lives, script.to_numpy(kept), strict=True):
-            if live:
-                live.query_token = query_token
+        for sequence, query_token in zip(running, script.to_numpy(states.kept_tokens), strict=True):
+            if sequence:
+                sequence.query_token = query_token
         return outcomes
 
     return broken
@@ -311,13 +307,20 @@ def drop_image_mask(call):
     return broken
 
 
-def leave_what_was(seat):
-    def broken(self, start, cache, images):
+def leave_what_was(fill):
+    def broken(self, start, cache, image_indices):
         before = [lanes.clone() for lanes in self.layers]
-        seat(self, start, cache, images)
+        fill(self, start, cache, image_indices)
+        width = cache.layers[0].keys.shape[2]
         for lanes, old in zip(self.layers, before, strict=True):
-            width = cache.layers[0].keys.shape[2]
             lanes[:, start:, :, width:] = old[:, start:, :, width:]
+
+    return broken
+
+
+def take_the_neighbours(fill):
+    def broken(self, start, cache, image_indices):
+        return fill(self, start, cache, [max(0, index - 1) for index in image_indices])
 
     return broken
 
@@ -326,10 +329,16 @@ def change_capture(change):
     return lambda capture: lambda model, layers, *args: capture(model, layers, *change(*args))
 
 
+def shift_padding(kept_pos, is_padding):
+    """One token less of each row that has padding."""
+    return kept_pos, torch.roll(is_padding, -1, dims=1) | is_padding
+
+
 def norm_the_last(read):
-    def broken(vectors):
-        last = vectors.get(LAYERS[-1])
-        return read(vectors if last is None else vectors | {LAYERS[-1]: last / last.norm()})
+    def broken(tensors):
+        if len(tensors) == len(LAYERS):
+            tensors = [*tensors[:-1], tensors[-1] / tensors[-1].norm()]
+        return read(tensors)
 
     return broken
 
@@ -337,36 +346,28 @@ def norm_the_last(read):
 MISTAKES = {  # whose method, its name, and what becomes of it
     "a lane sees a slot beyond its position": (
         *(script, "causal_masks"),
-        lambda masks: lambda pos, *rest: masks(pos + 1, *rest),
+        lambda masks: lambda positions, *rest: masks(positions + 1, *rest),
     ),
     "the window counts from another token": (
         *(script, "causal_masks"),
-        lambda masks: lambda pos, slots, window, dtype: masks(pos, slots, window + 1, dtype),
-    ),
-    "padding counts in the mean": (
-        *(script, "capture"),
-        change_capture(lambda kept, n: (kept, n.max().expand_as(n))),
-    ),
-    "the kept token is off by one": (
-        *(script, "capture"),
-        change_capture(lambda kept, n: (kept - 1, n)),
-    ),
-    "the mean leaves out a token": (
-        *(script, "capture"),
-        change_capture(lambda kept, n: (kept, n - 1)),
-    ),
-    "a lane moves without its keys": (script.Lanes, "move", lambda _: lambda *args: None),
-    "a lane moves without its token": (script.Extractor, "_close_gaps", reverse_after),
-    "a dead lane's token is stored": (script.Extractor, "_finish", keep_dead),
-    "a neighbour's image": (
-        *(script.Lanes, "seat"),
-        lambda seat: (
-            lambda self, start, cache, images: seat(
-                self, start, cache, [max(0, image - 1) for image in images]
-            )
+        lambda masks: (
+            lambda positions, slots, window, dtype: masks(positions, slots, window + 1, dtype)
         ),
     ),
-    "hooks keep a decoding step": (script.Extractor, "_decode", hook_decoding),
+    "padding counts in the mean": (
+        *(script, "capture_states"),
+        change_capture(lambda kept, is_padding: (kept, torch.zeros_like(is_padding))),
+    ),
+    "the kept token is off by one": (
+        *(script, "capture_states"),
+        change_capture(lambda kept, is_padding: (kept - 1, is_padding)),
+    ),
+    "the mean leaves out a token": (*(script, "capture_states"), change_capture(shift_padding)),
+    "a lane moves without its keys": (script.Lanes, "move", lambda _: lambda *args: None),
+    "a lane moves without its sequence": (script.Scheduler, "close_gaps", reverse_after),
+    "a token is stored after the end": (script.Extractor, "_finish", keep_ended),
+    "a neighbour's image": (script.Lanes, "fill", take_the_neighbours),
+    "hooks keep a decoding step": (script.Extractor, "decode", hook_decoding),
     "no image mask": (script.nn.Module, "__call__", drop_image_mask),
     "the last layer normed": (script, "to_numpy", norm_the_last),
 }
@@ -388,15 +389,15 @@ def test_nan_stays_in_its_own_lane(ours, prompter, references, monkeypatch, is_l
     not, unless what the last owner left behind the prefix stays.
     """
     if is_left:
-        monkeypatch.setattr(script.Lanes, "seat", leave_what_was(script.Lanes.seat))
+        monkeypatch.setattr(script.Lanes, "fill", leave_what_was(script.Lanes.fill))
     rows = make_rows()
     rows = [rows[16], rows[18], rows[17], *rows[:16]]  # the longest first, one an image
-    pictures = list(read_all(prompter, rows))
-    pictures[2].pixel_values.fill_(math.nan)
-    passes = make_extractor(ours, prompter, 3).run(iter(pictures))
+    images = list(read_all(prompter, rows))
+    images[2].pixel_values.fill_(math.nan)
+    passes = make_extractor(ours, prompter, 3).run(iter(images))
     outcomes = list(itertools.chain.from_iterable(passes))
     failures = [one for one in outcomes if isinstance(one, script.Failure)]
-    sound = {one.question.row.question_id: one for one in outcomes if one not in failures}
+    sound = {one.row.question_id: one for one in outcomes if one not in failures}
     if is_left:
         assert {failure.row.question_id for failure in failures} > {"017"}
     else:
@@ -411,8 +412,8 @@ def test_nan_stays_in_its_own_lane(ours, prompter, references, monkeypatch, is_l
 def end_after(monkeypatch, lengths):
     """Answers end after so many tokens, by question_id."""
 
-    def has_ended(self, live):
-        return len(live.answer_ids) == lengths[live.question.row.question_id]
+    def has_ended(self, sequence):
+        return len(sequence.generated_ids) == lengths[sequence.prompt.row.question_id]
 
     monkeypatch.setattr(script.Extractor, "has_ended", has_ended)
 
@@ -458,20 +459,22 @@ def test_the_batch_stays_nearly_full(ours, prompter, monkeypatch, num_questions)
         script.Row(str(i), f"{'./' * (i // num_questions)}circle.png", f"is it {i}?", "")
         for i in range(60)
     ]
-    seen, num_entered = [], 0
-    prefill, decode = script.Extractor._prefill, script.Extractor._decode
+    seen = []
+    num_entered = 0
+    prefill = script.Extractor.prefill
+    decode = script.Extractor.decode
 
-    def watched_prefill(self, lanes):
+    def watched_prefill(self, sequences):
         nonlocal num_entered
-        num_entered += len(lanes)
-        return prefill(self, lanes)
+        num_entered += len(sequences)
+        return prefill(self, sequences)
 
     def watched_decode(self):
-        seen.append((sum(live is not None for live in self._live), num_entered))
+        seen.append((self.scheduler.num_running, num_entered))
         return decode(self)
 
-    monkeypatch.setattr(script.Extractor, "_prefill", watched_prefill)
-    monkeypatch.setattr(script.Extractor, "_decode", watched_decode)
+    monkeypatch.setattr(script.Extractor, "prefill", watched_prefill)
+    monkeypatch.setattr(script.Extractor, "decode", watched_decode)
     found = run_all(make_extractor(ours, prompter, 8), rows)
     assert {name: len(sample.logprobs) for name, sample in found.items()} == lengths
     full = [count for count, entered in seen if entered < 60]
@@ -482,36 +485,23 @@ def test_the_batch_stays_nearly_full(ours, prompter, monkeypatch, num_questions)
 
 def test_a_long_prompt_narrows_the_batch_while_it_lives(ours, prompter, monkeypatch, references):
     """All lanes together are never larger than the batch in its usual width, or one lane."""
-    shapes, resize = [], script.Lanes.resize
+    shapes = []
+    resize = script.Lanes.resize
 
-    def watched(self, shape, *args):
-        shapes.append(shape)
-        return resize(self, shape, *args)
+    def watched(self, num_lanes, num_slots, *args):
+        shapes.append((num_lanes, num_slots))
+        return resize(self, num_lanes, num_slots, *args)
 
     monkeypatch.setattr(script.Lanes, "resize", watched)
     rows = make_rows()
     rows.insert(5, rows.pop())
     found = run_all(make_extractor(ours, prompter, 8), rows)
-    usual = script.lane_width(prompter, MAX_NEW_TOKENS)
-    longest = len(found["very long"].question.input_ids)
+    usual = script.lane_slots(len(prompter.prefix) + script.TYPICAL_QUESTION, MAX_NEW_TOKENS)
+    longest = len(found["very long"].prompt.input_ids)
     assert (8, usual) in (shapes[0], shapes[-1])
-    assert max(width for _, width in shapes) >= longest + MAX_NEW_TOKENS
-    assert all(num_lanes * width <= 8 * usual or num_lanes == 1 for num_lanes, width in shapes)
+    assert max(num_slots for _, num_slots in shapes) >= longest + MAX_NEW_TOKENS
+    assert all(num_lanes * slots <= 8 * usual or num_lanes == 1 for num_lanes, slots in shapes)
     assert_as_references(found, references)
-
-
-def test_long_and_short_questions_are_not_padded_to_each_other(prompter, ours):
-    extractor = make_extractor(ours, prompter, 64)
-    for lengths, expected in (
-        ([9, 10, 11], [[0, 1, 2]]),
-        ([9, 9, 1500, 15], [[0, 1, 3], [2]]),
-        ([20, 10] * 8, [[1, 3, 5, 7, 9, 11, 13, 15], [0, 2, 4, 6, 8, 10, 12, 14]]),
-        ([1500], [[0]]),
-        ([3000] * 5, [[0, 1], [2], [3, 4]]),
-    ):
-        ids = [[*prompter.prefix, *[0] * length] for length in lengths]
-        extractor._live = [script.Live(script.Question(None, one), "", *[None] * 3) for one in ids]
-        assert list(extractor._split_passes(range(len(lengths)))) == expected
 
 
 def test_threads_change_nothing(ours, prompter, monkeypatch):
@@ -543,7 +533,7 @@ def test_hooks_are_gone_after_a_pass(ours):
 
     def fail_in_a_pass():
         zeros = torch.zeros(1, dtype=torch.long)
-        with script.capture(ours, LAYERS, zeros, zeros):
+        with script.capture_states(ours, LAYERS, zeros, zeros[:, None] > 0):
             assert count() == before + 1 + len(LAYERS)
             raise ZeroDivisionError
 
@@ -554,10 +544,11 @@ def test_hooks_are_gone_after_a_pass(ours):
 
 
 def test_masks_follow_the_definition():
-    pos, window = torch.tensor([[4, 5], [0, 1]]), 3
-    masks = script.causal_masks(pos, 8, window, torch.float32)
+    positions = torch.tensor([[4, 5], [0, 1]])
+    window = 3
+    masks = script.causal_masks(positions, 8, window, torch.float32)
     for row, column, slot in itertools.product(range(2), range(2), range(8)):
-        distance = int(pos[row, column]) - slot
+        distance = int(positions[row, column]) - slot
         for kind, is_seen in (
             ("full_attention", distance >= 0),
             ("sliding_attention", 0 <= distance < window),

@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import time
 from resource import RLIMIT_FSIZE, getrlimit, setrlimit
@@ -15,7 +16,9 @@ from fault_test import STATUS, FaultTest, Program, make_rows, words_of
 import run_gemma3_extraction as script
 
 Extractor, PartWriter = script.Extractor, script.PartWriter
-EIO, NO_MEMORY = OSError(5, "Input/output error"), torch.OutOfMemoryError("CUDA")
+EIO = OSError(5, "Input/output error")
+NO_MEMORY = torch.OutOfMemoryError("CUDA")
+DEAD = 2**22 + 1  # no process has such a number
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def test_nothing_is_lost_by_kills_and_signals(tmp_path):
         (Extractor, "_forward", 11, signal.SIGINT, 2),  # a step a token, four an answer
         (Extractor, "_forward", 12, signal.SIGTERM, 3),
         (Extractor, "_forward", 13, signal.SIGUSR1, 3),
-        (Extractor, "_prefill", 8, torch.AcceleratorError("ECC", 214), 7),  # a RuntimeError
+        (Extractor, "prefill", 8, torch.AcceleratorError("ECC", 214), 7),  # a RuntimeError
         (script.Prompter, "pixels", 4, MemoryError("too little"), 6),
         (script.Prompter, "pixels", 4, RuntimeError("can't allocate memory"), 6),
         (PartWriter, "write", 2, EIO, 4),
@@ -84,7 +87,7 @@ def test_what_ends_a_run(run_rows, plain, owner, name, call, what, num_stored):
 
 def get_stuck(script):
     """The first image takes an hour."""
-    script.Extractor._encode = lambda *_: time.sleep(3600)
+    script.Extractor.encode = lambda *_: time.sleep(3600)
 
 
 def test_a_second_ctrl_c_ends_at_once(plain, tmp_path):
@@ -104,14 +107,14 @@ def test_a_hangup_is_ignored_under_nohup():
     assert (signal.signal(signal.SIGHUP, before), stops) == (signal.SIG_IGN, [])
 
 
-@pytest.mark.parametrize(("name", "first"), [("_encode", 1), ("_prefill", 1), ("_decode", 3)])
+@pytest.mark.parametrize(("name", "first"), [("encode", 1), ("prefill", 1), ("decode", 3)])
 def test_too_little_memory_halves_the_batch_for_good(run_rows, plain, name, first):
-    """No more than two fit: 7 become 3, and 3 become 1; at `_decode` answers are half there."""
+    """No more than two fit: 7 become 3, and 3 become 1; at `decode` answers are half there."""
     sizes = []
 
     def run_short(number, extractor, *_):
-        sizes.append(extractor.batch_size)
-        if number >= first and extractor.batch_size > 2:
+        sizes.append(extractor.scheduler.batch_size)
+        if number >= first and sizes[-1] > 2:
             raise NO_MEMORY
 
     status, _, found = run_rows(Extractor, name, run_short, ["--batch-size", 7])
@@ -122,14 +125,15 @@ def test_too_little_memory_halves_the_batch_for_good(run_rows, plain, name, firs
 @pytest.mark.parametrize("index", [0, 5])
 def test_a_question_that_does_not_fit_alone_fails(run_rows, plain, tmp_path, index):
     """Afterwards batches are as large as before it."""
-    sizes, culprit = [], list(plain[1])[index]
+    sizes = []
+    culprit = list(plain[1])[index]
 
-    def run_short(_, extractor, lanes):
-        sizes.append(extractor.batch_size)
-        if culprit in [extractor._live[lane].question.row.question_id for lane in lanes]:
+    def run_short(_, extractor, sequences):
+        sizes.append(extractor.scheduler.batch_size)
+        if culprit in [sequence.prompt.row.question_id for sequence in sequences]:
             raise NO_MEMORY
 
-    status, _, found = run_rows(Extractor, "_prefill", run_short, ["--batch-size", 4])
+    status, _, found = run_rows(Extractor, "prefill", run_short, ["--batch-size", 4])
     assert (status, list(read_failed(tmp_path / "out"))) == (3, [culprit])
     assert_same_samples(found, {name: plain[1][name] for name in plain[1] if name != culprit})
     assert (min(sizes), sizes[-1]) == (1, 4)
@@ -143,7 +147,7 @@ def test_where_there_is_no_room_nothing_is_lost(run_rows, plain, tmp_path, reque
     request.addfinalizer(lambda: subprocess.call(["umount", "-l", tmp_path]))
     out, filler, before = tmp_path / "out", tmp_path / "else", getrlimit(RLIMIT_FSIZE)
     out.mkdir()
-    (out / "gemma3_12b_embeddings_part_001.partial").write_bytes(bytes(4_100_000))
+    (out / f"gemma3_12b_embeddings_part_001.{socket.gethostname()}-{DEAD}.partial").write_bytes(bytes(4_100_000))
 
     def fill(number, *_):
         if number == 2 and kind == "File too large":

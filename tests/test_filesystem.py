@@ -13,7 +13,7 @@ from fault_test import DONE, Program, make_rows, words_of
 
 import run_gemma3_extraction as script
 
-PARTIAL = script.PART_NAME.format(2).replace(".h5", ".partial")
+PART_2 = script.PART_NAME.format(2)
 SAYS = {"EIO": "Input/output error", "ESTALE": "Stale file handle"}
 NO_ROOM = {"EDQUOT": "Disk quota exceeded", "ENOSPC": "No space left on device"}
 
@@ -50,14 +50,14 @@ def run(csv_path, path, calls, error, when):
 @pytest.mark.parametrize(
     ("name", "calls", "error", "num_stored"),
     [
-        (PARTIAL, "write", "EIO", 4),
-        (PARTIAL, "write", "EDQUOT", 4),
-        (PARTIAL, "write", "ENOSPC", 4),
-        (PARTIAL, "fsync", "EIO", 4),
-        (PARTIAL, "close", "ESTALE", 4),
-        (PARTIAL, "rename", "EIO", 4),
-        ("settings.partial", "fsync", "EIO", 0),
-        ("failed_samples.partial", "write", "ENOSPC", 11),
+        (PART_2, "write", "EIO", 4),
+        (PART_2, "write", "EDQUOT", 4),
+        (PART_2, "write", "ENOSPC", 4),
+        (PART_2, "fsync", "EIO", 4),
+        (PART_2, "close", "ESTALE", 4),
+        (PART_2, "rename", "EIO", 4),
+        ("settings.json", "fsync", "EIO", 0),
+        ("failed_samples.csv", "write", "ENOSPC", 11),
     ],
 )
 def test_what_fails_is_noticed(undisturbed, tmp_path, name, calls, error, num_stored):

@@ -1,5 +1,6 @@
 """Processes that share a directory: each part is one's, and what one leaves another takes."""
 
+import dataclasses
 import multiprocessing
 import re
 import signal
@@ -7,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import assert_same_samples, make_options, read_failed, read_samples, run_script
+from conftest import assert_same_samples, read_failed, read_samples, run_script
 from fault_test import SETTINGS, Program, make_rows, warm_process, words_of
 
 import run_gemma3_extraction as script
@@ -119,13 +120,18 @@ def test_launchers(alone, tmp_path, launcher, num_processes):
 def race(dtype, connection):
     """All of a run but the model, again and again: the parts it gets, or why it gets none."""
     rows = [script.Row(f"q{i}", f"{i}.png", "what?", "it") for i in range(24)]
-    while job := connection.recv():
-        options = make_options(output_dir=job[0], checkpoint_interval=4)
-        lock, claimed, told = script.OutputLock(job[0]), [], ""  # held to the end
-        time.sleep(max(0, job[1] - time.time()))
+    while message := connection.recv():
+        job_dir, moment = message
+        lock = script.OutputLock(job_dir)  # held to the end
+        claimed = []
+        told = ""
+        time.sleep(max(0, moment - time.time()))
         try:
-            _, missing = script.open_output(options, lock, SETTINGS | {"dtype": dtype}, rows, 1000)
-            claimed = [number for number in missing if lock.claim(number)]
+            settings = dataclasses.replace(SETTINGS, dtype=dtype)
+            job = script.Job(rows, rows, None, None, None, settings, sample_bytes=1000)
+            to_do = script.open_output(lock, job, False, "none")
+            parts = script.make_parts(job_dir, script.plan_parts(rows, 4), to_do)
+            claimed = [part.number for part in parts if lock.claim(part, take_over=False)]
         except script.ExtractionError as error:
             told = str(error)
         connection.send((claimed, told))

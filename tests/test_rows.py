@@ -80,19 +80,19 @@ def test_bad_csv_is_refused(name, tmp_path):
 )
 def test_parts_follow_images_as_they_first_appear(images, interval, plan):
     rows = [script.Row(str(i), image, "", "") for i, image in enumerate(images)]
-    parts = script.plan_parts(rows, interval).items()
-    found = {number: "".join(row.question_id for row in part) for number, part in parts}
-    assert found == dict(enumerate(plan, start=1))
+    parts = script.plan_parts(rows, interval)
+    assert ["".join(row.question_id for row in part) for part in parts] == plan
 
 
 def test_images_are_upright_rgb_and_known_by_their_files(tmp_path, monkeypatch):
     for path in IMAGES.iterdir():
         with Image.open(path) as image:
             size = image.size[::-1] if path.name == "turned.jpg" else image.size
-        found, sha256 = script.open_image(IMAGES, path.name)
+        found, sha256, is_transparent = script.open_image(IMAGES, path.name)
         assert (found.mode, found.size) == ("RGB", size)
         assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    turned, _ = script.open_image(IMAGES, "turned.jpg")  # lies 300 x 150, the bar below its middle
+        assert not is_transparent
+    turned, _, _ = script.open_image(IMAGES, "turned.jpg")  # lies 300 x 150, the bar below its middle
     assert turned.getpixel((turned.width // 3, 3 * turned.height // 4)) > (200, 200, 200)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "d.png").touch()

@@ -100,7 +100,7 @@ def test_attributes_and_settings(plain_run):
 
 
 WHAT_IS_EXTRACTED = {
-    "negative layers": (("--layers", "-1,2", "--compression", "lzf"), [2, 7], 1e-4),
+    "negative layers": (("--layers=-1,2",), [2, 7], 1e-4),
     "all layers": (("--layers", "all"), list(range(8)), 1e-4),
     "none": (("--max-new-tokens", 0, "--compression", "gzip"), DEFAULT_LAYERS, 1e-4),
     "bfloat16": (("--dtype", "bfloat16"), DEFAULT_LAYERS, 0.05),
@@ -135,8 +135,8 @@ def test_300_rows_of_easy_vqa_come_back_as_one_at_a_time(tmp_path, monkeypatch):
     draw, found = random.Random(0), []
     lengths = [24 if draw.random() < 1 / 12 else draw.randint(1, 6) for _ in range(300)]
 
-    def has_ended(self, live):
-        return len(live.answer_ids) == lengths[int(live.question.row.question_id)]
+    def has_ended(self, sequence):
+        return len(sequence.generated_ids) == lengths[int(sequence.prompt.row.question_id)]
 
     monkeypatch.setattr(script.Extractor, "has_ended", has_ended)
     images_dir = Path(easy_vqa.get_train_image_paths()[0]).parent
