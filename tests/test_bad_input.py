@@ -119,7 +119,7 @@ def test_bad_row_is_listed_with_its_reason(bad_rows_run, question_id):
 
 
 @pytest.mark.parametrize("first_good", [0, 25])
-def test_the_first_25_images_that_the_model_sees(first_good, run_here, tmp_path, monkeypatch):
+def test_the_first_25_rows_that_the_model_sees(first_good, run_here, tmp_path, monkeypatch):
     """All failed: it stops. If one came out, whatever it was, it goes on."""
     pixels, calls = script.Prompter.pixels, itertools.count(1)
 
@@ -134,7 +134,7 @@ def test_the_first_25_images_that_the_model_sees(first_good, run_here, tmp_path,
     if first_good:
         assert (found[0], failed) == (3, {row[0] for row in rows} - {"25"})
     else:
-        assert_refused(found, "the first 25 images", "something is wrong with all of them")
+        assert_refused(found, "the first 25 rows", "something is wrong with all of them")
         assert failed == {row[0] for row in rows[:25]}
 
 
@@ -150,7 +150,11 @@ def test_any_question_id_survives(run_here, tmp_path):
 
 BAD_FLAGS = {  # the flags, the exit status, what the last line holds
     "float16": (["--dtype", "float16"], 2, "65504"),
-    "batch size": (["--batch-size", "0"], 2, "--batch-size: 0 is less than 1"),
+    "batch size": (
+        ["--batch-size", "0"],
+        2,
+        "--batch-size: '0' is not a whole number of at least 1",
+    ),
     "interval": (["--checkpoint-interval", "-1"], 2, "--checkpoint-interval"),
     "device map": (["--device-map", "balanced"], 2, "balanced"),
     "one that is gone": (["--strict"], 2, "--strict"),
@@ -186,30 +190,79 @@ def a_weight_missing(model):
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
 
 
-def quantise(model):
-    config = json.loads((model / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (model / "config.json").write_text(json.dumps(config))
+def add_tensors(*names):
+    """Tensors of these names beside the model's own."""
+
+    def add(model):
+        weights = load_file(model / "model.safetensors")
+        for name in names:
+            weights[name] = torch.ones(2, 2)
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+    return add
 
 
+def change_config(**fields):
+    def change(model):
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | fields))
+
+    return change
+
+
+quantise = change_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+
+
+def cut_short(size):
+    return lambda model: os.truncate(model / "model.safetensors", size)
+
+
+def double_bos(model):
+    path = model / "chat_template.jinja"
+    path.write_text("{{ bos_token }}" + path.read_text())
+
+
+def add_adapter(model):
+    (model / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
+def add_index(model):
+    """Shards beside the single file, as after another save into the same directory."""
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    shutil.copy(model / "model.safetensors", model / "model-00001-of-00001.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+WHOLE = "the directory must contain the whole model"
 BAD_MODELS = {
-    "no weights": (without("model.safetensors"), "model.safetensors"),
-    "weights cut short": (lambda model: os.truncate(model / "model.safetensors", 10_000), "rror"),
-    "a weight missing": (a_weight_missing, "1 weights are missing or misshapen, first model.lang"),
-    "quantised": (quantise, "quantised weights (bitsandbytes) are not supported"),
-    "no config": (without("config.json"), "config.json"),
-    "no chat template": (without("chat_template.jinja"), "does not have a chat template"),
-    "no processor config": (without("processor_config.json"), "preprocessor_config.json"),
+    "no weights": (without("model.safetensors"), "no file named model.safetensors", WHOLE),
+    "weights cut short": (cut_short(10_000), "", ""),
+    "weights cut to nothing": (cut_short(4), "", ""),
+    "a weight missing": (a_weight_missing, "1 weights are missing or misshapen, first model.", ""),
+    "quantised": (quantise, "quantised weights (bitsandbytes) are not supported", ""),
+    "no config": (without("config.json"), "config.json", ""),
+    "config of a wrong type": (change_config(vision_config=30), "", ""),
+    "a number of a wrong type": (change_config(mm_tokens_per_image="many"), "", ""),
+    "another model": (change_config(model_type="llama"), "its type is llama", ""),
+    "no chat template": (without("chat_template.jinja"), "base checkpoints", "jinja"),
+    "two bos": (double_bos, "exactly one <bos>", ""),
+    "no processor config": (without("processor_config.json"), "preprocessor_config.json", WHOLE),
+    "an adapter beside it": (add_adapter, "adapter_config.json", "merge it"),
+    "an adapter in it": (add_tensors("model.language_model.layers.0.mlp.lora_A"), "merge it", ""),
+    "a wrapped layer in it": (add_tensors("base_model.model.x.base_layer.weight"), "merge it", ""),
+    "two sets of weights": (add_index, "has both model.safetensors and", "out of date"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_MODELS)
 def test_model_that_cannot_be_loaded(name, run_here, tmp_path):
-    spoil, reason = BAD_MODELS[name]
+    spoil, reason, advice = BAD_MODELS[name]
     model = shutil.copytree(MODEL, tmp_path / "m")
     spoil(model)
     found = run_here("--model", model, rows=GOOD)
-    assert_refused(found, f"cannot load {model}: ", reason, " | the directory must hold the whole")
+    assert_refused(found, model, reason, advice)
+    assert (WHOLE in found[1]) == (advice == WHOLE)
+    assert len(found[1].splitlines()[-1]) < 2000
     assert not list((tmp_path / "out").glob("*.h5"))
 
 

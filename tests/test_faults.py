@@ -35,7 +35,8 @@ def run_rows(run_here, plain, monkeypatch, tmp_path):
     """Run the program on those rows here; `do` is called before every call of a method."""
 
     def run(owner=script, name="main", do=lambda *_: None, more=(), out=tmp_path / "out"):
-        method, numbers = getattr(owner, name), itertools.count(1)
+        method = getattr(owner, name)
+        numbers = itertools.count(1)
 
         def wrapped(*args, **kwargs):
             do(next(numbers), *args)
@@ -54,22 +55,8 @@ def test_nothing_is_lost_by_kills_and_signals(tmp_path):
     FaultTest(tmp_path, num_rows=40, seed=1).run(num_kills=2, num_signals=2)
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "call", "what", "num_stored"),
-    [
-        (Extractor, "_forward", 11, signal.SIGINT, 2),  # a step a token, four an answer
-        (Extractor, "_forward", 12, signal.SIGTERM, 3),
-        (Extractor, "_forward", 13, signal.SIGUSR1, 3),
-        (Extractor, "prefill", 8, torch.AcceleratorError("ECC", 214), 7),  # a RuntimeError
-        (script.Prompter, "pixels", 4, MemoryError("too little"), 6),
-        (script.Prompter, "pixels", 4, RuntimeError("can't allocate memory"), 6),
-        (PartWriter, "write", 2, EIO, 4),
-        (script.h5py.h5d, "create", 100, RuntimeError("Unable to create"), 4),
-        (script, "update_failures", 3, EIO, 8),
-    ],
-)
-def test_what_ends_a_run(run_rows, plain, owner, name, call, what, num_stored):
-    """In whatever thread, the model's, the recorder's, another: what was done is saved."""
+def strike_at(call, what):
+    """At this call a signal comes, or an error is raised."""
 
     def strike(number, *_):
         if number == call and what in STATUS:
@@ -77,12 +64,89 @@ def test_what_ends_a_run(run_rows, plain, owner, name, call, what, num_stored):
         elif number == call:
             raise what
 
-    status, told, found = run_rows(owner, name, strike, ["--batch-size", 1, "--num-workers", 1])
-    assert (status, len(found)) == (STATUS.get(what, 1), num_stored)
-    assert ("the same command goes on" if what in STATUS else str(what)) in told
+    return strike
+
+
+ONE_BY_ONE = ("--batch-size", 1, "--num-workers", 1)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "what", "num_stored"),
+    [
+        (Extractor, "_forward", 11, signal.SIGINT, [2]),  # a step a token, four an answer
+        (Extractor, "_forward", 12, signal.SIGTERM, [3]),
+        (Extractor, "_forward", 13, signal.SIGUSR1, [3]),
+        (PartWriter, "write", 2, EIO, [4, 5]),  # as many of part 3 as are done when it is noticed
+        (script, "update_failures", 3, EIO, [8, 9]),
+    ],
+)
+def test_what_ends_a_run(run_rows, plain, owner, name, call, what, num_stored):
+    """What was done is saved, and told in one line."""
+    status, told, found = run_rows(owner, name, strike_at(call, what), ONE_BY_ONE)
+    assert status == STATUS.get(what, 1)
+    assert len(found) in num_stored
+    assert "the same command continues" in told
+    assert what in STATUS or str(what) in told
+    num_before = len(found)
     _, told, found = run_rows()
-    assert f"d {12 - num_stored} of 12 samples (0 failed, {num_stored} already done)" in told
+    assert f"d {12 - num_before} of 12 samples (0 failed, {num_before} already done)" in told
     assert_same_samples(found, plain[1])
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "what", "num_stored"),
+    [
+        (Extractor, "prefill", 8, torch.AcceleratorError("ECC", 214), 7),  # a RuntimeError
+        (Extractor, "decode", 8, TypeError("a mistake of ours"), 2),
+        (script.Prompter, "pixels", 4, RuntimeError("a decoder's"), 6),
+        (script.h5py.h5d, "create", 100, RuntimeError("Unable to create"), 5),
+    ],
+)
+def test_what_nobody_foresaw_goes_up_after_saving(
+    run_rows, plain, tmp_path, owner, name, call, what, num_stored
+):
+    """In whatever thread, the model's, the recorder's, another: with its traceback."""
+    with pytest.raises(type(what), match=str(what)):
+        run_rows(owner, name, strike_at(call, what), ONE_BY_ONE)
+    assert len(read_samples(tmp_path / "out")) == num_stored
+    assert not list(tmp_path.glob("out/*.partial"))
+    assert_same_samples(run_rows()[2], plain[1])
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("too little"), RuntimeError("can't allocate memory: 9 bytes")]
+)
+def test_memory_of_the_host_that_runs_out_halves_the_batch(run_rows, plain, error):
+    """Where an image is prepared, for example."""
+    status, told, found = run_rows(script.Prompter, "pixels", strike_at(4, error))
+    assert (status, len(found)) == (0, 12), told
+    assert_same_samples(found, plain[1])
+
+
+def test_a_part_that_cannot_be_written_costs_no_other(run_rows, plain, monkeypatch):
+    """All rows that have their answer are stored, but those of the part that failed."""
+    recorded = []
+    record = script.Outcomes.record
+
+    def watch(self, outcome):
+        record(self, outcome)
+        recorded.append(outcome.row.question_id)
+
+    monkeypatch.setattr(script.Outcomes, "record", watch)
+    status, told, found = run_rows(PartWriter, "write", strike_at(1, EIO), ["--batch-size", 12])
+    assert (status, "Input/output error" in told) == (1, True)
+    (lost,) = {plain[1][name]["part"] for name in recorded if name not in found}
+    assert found.keys() == {name for name in recorded if plain[1][name]["part"] != lost}
+    assert len(found) > 1
+    assert_same_samples(found, {name: plain[1][name] for name in found})
+
+
+def test_a_sample_that_cannot_be_written_is_not_told_of_the_old_part(run_rows, tmp_path):
+    """Reading a part and writing to it fail apart."""
+    run_rows(Extractor, "_forward", strike_at(11, signal.SIGINT), ONE_BY_ONE)
+    with pytest.raises(RuntimeError, match="Unable to create"):
+        run_rows(script.h5py.h5d, "create", strike_at(3, RuntimeError("Unable to create")))
+    assert len(read_samples(tmp_path / "out")) >= 2
 
 
 def get_stuck(script):
@@ -147,7 +211,9 @@ def test_where_there_is_no_room_nothing_is_lost(run_rows, plain, tmp_path, reque
     request.addfinalizer(lambda: subprocess.call(["umount", "-l", tmp_path]))
     out, filler, before = tmp_path / "out", tmp_path / "else", getrlimit(RLIMIT_FSIZE)
     out.mkdir()
-    (out / f"gemma3_12b_embeddings_part_001.{socket.gethostname()}-{DEAD}.partial").write_bytes(bytes(4_100_000))
+    (out / f"gemma3_12b_embeddings_part_001.{socket.gethostname()}-{DEAD}.partial").write_bytes(
+        bytes(4_100_000)
+    )
 
     def fill(number, *_):
         if number == 2 and kind == "File too large":

@@ -18,11 +18,17 @@ SAYS = {"EIO": "Input/output error", "ESTALE": "Stale file handle"}
 NO_ROOM = {"EDQUOT": "Disk quota exceeded", "ENOSPC": "No space left on device"}
 
 
-def attach_strace(inject, _):
-    """Let strace watch this process from here on."""
+def attach_strace(path, calls, answer, _):
+    """Let strace watch this process from here on, and answer these calls on a path like this.
+
+    Of a file that is put in place, they are the calls on this process's own unfinished one.
+    """
+    if path.suffix in (".h5", ".json", ".csv"):
+        path = script.partial_path(path)
     ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(2**64 - 1))  # PR_SET_PTRACER: anybody
-    command = ["strace", "-f", "-qq", "-o", "/dev/null", *inject, "-p", str(os.getpid())]
-    strace = subprocess.Popen(list(map(str, command)))
+    command = ["strace", "-f", "-qq", "-o", "/dev/null", "-P", str(path), "-e", f"trace={calls}"]
+    command += ["-e", f"inject={calls}:{answer}", "-p", str(os.getpid())]
+    strace = subprocess.Popen(command)
     while "TracerPid:\t0\n" in Path("/proc/self/status").read_text():
         assert strace.poll() is None, "strace has ended"
         time.sleep(0.01)
@@ -41,8 +47,7 @@ def undisturbed(tmp_path_factory):
 
 def run(csv_path, path, calls, error, when):
     """Exit status and stderr of a run where these calls on this path are answered so."""
-    inject = ("-P", path, "-e", f"trace={calls}", "-e", f"inject={calls}:error={error}:when={when}")
-    patch = functools.partial(attach_strace, inject)
+    patch = functools.partial(attach_strace, path, calls, f"error={error}:when={when}")
     out = path if path.name == "out" else path.parent
     return Program(words_of(csv_path, out), out.with_suffix(".err"), patch=patch).end()
 
@@ -54,10 +59,10 @@ def run(csv_path, path, calls, error, when):
         (PART_2, "write", "EDQUOT", 4),
         (PART_2, "write", "ENOSPC", 4),
         (PART_2, "fsync", "EIO", 4),
-        (PART_2, "close", "ESTALE", 4),
         (PART_2, "rename", "EIO", 4),
         ("settings.json", "fsync", "EIO", 0),
         ("failed_samples.csv", "write", "ENOSPC", 11),
+        ("failed_samples.csv", "close", "ESTALE", 11),
     ],
 )
 def test_what_fails_is_noticed(undisturbed, tmp_path, name, calls, error, num_stored):
@@ -68,7 +73,9 @@ def test_what_fails_is_noticed(undisturbed, tmp_path, name, calls, error, num_st
     assert ("once there is room" in stderr.splitlines()[-1]) == (error in NO_ROOM)
     found = read_samples(tmp_path / "out")
     assert_same_samples(found, {name: expected[name] for name in found}, bound=0)
-    assert len(found) == num_stored
+    # Of the part that cannot be written nothing is there, of later ones what was done by then.
+    assert num_stored <= len(found) <= (7 if name == PART_2 else num_stored)
+    assert name not in {sample["part"] for sample in found.values()}
     assert not list(tmp_path.glob("out/*.partial"))
     assert Program(words_of(csv_path, tmp_path / "out"), tmp_path / "err").end()[0] == DONE
     assert_same_samples(read_samples(tmp_path / "out"), expected)

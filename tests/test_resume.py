@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import shutil
+import socket
 
 import h5py
 import pytest
@@ -11,7 +12,10 @@ from conftest import IMAGES, MODEL, assert_same_samples, flags, read_failed, rea
 
 import run_gemma3_extraction as script
 
-PART, SECOND = script.PART_NAME.format(1), script.PART_NAME.format(2)
+PART = script.PART_NAME.format(1)
+SECOND = script.PART_NAME.format(2)
+DEAD = f"{socket.gethostname()}-{2**22 + 1}"  # no process has such a number
+DEAD_PART = f"gemma3_12b_embeddings_part_002.{DEAD}.partial"
 Q = "what is it?"
 GOOD = [  # about images in the order of the plan
     ("good 1", "circle.png", "what color is the shape?", "red"),
@@ -63,7 +67,7 @@ def parts_of(out):
 
 def test_finished_run_loads_no_model_and_removes_what_a_killed_one_left(run_here, done, no_model):
     before = parts_of(done)
-    for name in ("gemma3_12b_embeddings_part_002.partial", "settings.partial", "mine.partial"):
+    for name in (DEAD_PART, f"settings.{DEAD}.partial", "mine.partial"):
         (done / name).write_bytes(b"half")
     assert "(0 failed, 4 already done)" in last_line(run_here(*PAIRS, rows=GOOD))[1]
     assert parts_of(done) == before
@@ -93,7 +97,7 @@ def test_failed_rows_are_tried_again_and_take_their_places(run_here, tmp_path):
 OTHER_SETTINGS = {
     "layers": (["--layers", "1,2"], "layers was [0, 2, 4, 6, 7] and is [1, 2]"),
     "interval": (["--checkpoint-interval", 7], "checkpoint_interval was 2 and is 7"),
-    "version": ([], "schema_version was 2 and is 3 | older files can be inspected only"),
+    "version": ([], "schema_version was 2 and is 3 | older files can only be inspected"),
     "two": (["--layers", "3", "--max-new-tokens", 0], "is [3]; max_new_tokens was 6 and is 0"),
 }
 
@@ -173,7 +177,7 @@ SPOIL = {
 def test_a_part_that_cannot_be_read_is_named(spoil, run_here, done, finished):
     """Once it is moved away, the same command finishes with the same samples."""
     SPOIL[spoil](done / SECOND)
-    before, told = parts_of(done), "move it away and give the same command again"
+    before, told = parts_of(done), "move it away and run the same command again"
     assert_refused(run_here(*PAIRS, rows=GOOD), done / SECOND, "cannot be read", told)
     assert parts_of(done) == before
     (done / SECOND).rename(done.parent / "away")
@@ -182,7 +186,7 @@ def test_a_part_that_cannot_be_read_is_named(spoil, run_here, done, finished):
 
 
 def test_overwrite_deletes_the_programs_own_files_only(run_here, done):
-    own = ["gemma3_12b_embeddings_part_1234.h5", "gemma3_12b_embeddings_part_002.partial"]
+    own = ["gemma3_12b_embeddings_part_1234.h5", DEAD_PART, "settings.elsewhere-1.partial"]
     mine = ["failed_samples_of_last_week.csv", "notes.txt", "my.h5", f"{PART}.bak", "pca.png"]
     for name in (*own, *mine, "failed_samples.csv"):
         (done / name).write_bytes(b"old")

@@ -92,7 +92,9 @@ def test_images_are_upright_rgb_and_known_by_their_files(tmp_path, monkeypatch):
         assert (found.mode, found.size) == ("RGB", size)
         assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
         assert not is_transparent
-    turned, _, _ = script.open_image(IMAGES, "turned.jpg")  # lies 300 x 150, the bar below its middle
+    turned, _, _ = script.open_image(
+        IMAGES, "turned.jpg"
+    )  # lies 300 x 150, the bar below its middle
     assert turned.getpixel((turned.width // 3, 3 * turned.height // 4)) > (200, 200, 200)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "d.png").touch()

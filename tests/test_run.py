@@ -192,16 +192,18 @@ def test_three_rows_first_and_then_the_rest(plain_run, tmp_path):
 
 @pytest.mark.parametrize("mistake", FAILING)
 def test_a_failed_check_of_the_test_run_is_an_error(mistake, tmp_path, monkeypatch):
-    plain_forward, factors = script.plain_forward, {"a layer is off": 1.01, "a NaN": math.nan}
+    factors = {"a layer is off": 1.01, "a NaN": math.nan}
+    run_plainly = script.run_plainly
 
-    def mistaken(*args, has_mask=True):
-        has_mask = has_mask or mistake == "no effect of the mask"
-        input_ids, patches, hidden_states = plain_forward(*args, has_mask=has_mask)
-        hidden_states = hidden_states.clone()
-        hidden_states[4] *= factors.get(mistake, 1)
-        return input_ids[mistake == "no <bos>" :], patches, hidden_states
+    def mistaken(*args, has_image_mask=True):
+        has_image_mask = has_image_mask or mistake == "no effect of the mask"
+        input_ids, vectors, soft_states = run_plainly(*args, has_image_mask=has_image_mask)
+        for name in vectors:
+            if name.endswith("layer_4"):
+                vectors[name] = vectors[name] * factors.get(mistake, 1)
+        return input_ids[mistake == "no <bos>" :], vectors, soft_states
 
-    monkeypatch.setattr(script, "plain_forward", mistaken)
+    monkeypatch.setattr(script, "run_plainly", mistaken)
     status, counts, lines = run_program(tmp_path, "--test", rows=SOME[:1])
     assert (status, counts) == (1, (1, 1, 0, 0))
     failing = [i for i, line in enumerate(lines) if line.startswith("FAIL  ")]
