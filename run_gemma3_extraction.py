@@ -1975,6 +1975,7 @@ class Job:
 
 def prepare(args: argparse.Namespace) -> Job:
     """Read the CSV and the model's small files. Raises ExtractionError."""
+    launcher_number("WORLD_SIZE")  # used at the end, but what is wrong with it is told now
     rows = read_rows(args.vqa_dataset)
     check_images(rows, args.images_dir)
     device = choose_device(args.device)
@@ -2487,6 +2488,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout = ForgivingStream(sys.stdout)
-    sys.stderr = ForgivingStream(sys.stderr)
+    sys.stdout = ForgivingStream(sys.stdout or open(os.devnull, "w"))  # None where it is closed
+    sys.stderr = ForgivingStream(sys.stderr or open(os.devnull, "w"))
     raise SystemExit(main())

@@ -158,8 +158,8 @@ def test_a_second_ctrl_c_ends_at_once(plain, tmp_path):
     program = Program(words_of(plain[0], tmp_path / "out"), tmp_path / "err", patch=get_stuck)
     program.wait_until(program.is_extracting)
     program.send_signal(signal.SIGINT)
-    time.sleep(1.2)
-    assert program.process.exitcode is None  # the first waits for the pass in hand
+    time.sleep(0.5)
+    assert program.process.exitcode is None  # the first waits for the pass to end
     program.send_signal(signal.SIGINT)
     assert program.end()[0] == 130
 
