@@ -925,10 +925,14 @@ class LaneCache:
         self._layers = lanes.layers
         self._positions = positions  # [n, L]
         self._num_slots = num_slots  # those that may be in use
-        self._index = torch.tensor(chosen).to(positions.device, non_blocking=True)  # [n]
+        start = chosen[0]
+        stop = start + len(chosen)
         self._slice = None
-        if chosen == list(range(chosen[0], chosen[0] + len(chosen))):
-            self._slice = slice(chosen[0], chosen[0] + len(chosen))  # a view, where an index copies
+        if chosen == list(range(start, stop)):
+            self._slice = slice(start, stop)  # which gives a view, where an index copies
+            self._index = torch.arange(start, stop, device=positions.device)  # [n]
+        else:
+            self._index = torch.tensor(chosen).to(positions.device, non_blocking=True)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_, **__) -> tuple:
         """Store the tokens' [n, kv_heads, L, head_dim]; returns all that their lanes have."""
@@ -2410,44 +2414,50 @@ def layer_list(text: str) -> tuple[int, ...] | str:
         ) from None
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The description as it is, and the default behind each flag's help."""
-
-
 def read_args(argv: list[str] | None) -> argparse.Namespace:
     """What the command line says; exits with status 2 if it is wrong."""
+    formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
+        description=__doc__, formatter_class=formatter, allow_abbrev=False
     )
     add = parser.add_argument
     columns = "CSV with question_id, image_id or image_name, question, answer or gt_answer"
     add("--vqa-dataset", type=Path, required=True, metavar="CSV", help=columns)
-    add("--images-dir", type=Path, required=True, metavar="DIR", help="directory of the images")
-    add("--output-dir", type=Path, default="output", metavar="DIR", help="for the part files")
+    images = "directory of the images; image_id is a path in it"
+    add("--images-dir", type=Path, required=True, metavar="DIR", help=images)
+    output = "directory for the part files (default: %(default)s)"
+    add("--output-dir", type=Path, default="output", metavar="DIR", help=output)
     add("--overwrite", action="store_true", help="start afresh: delete what this program wrote")
     add("--test", action="store_true", help="extract the first 3 rows, check them, and forecast")
-    add("--model", default="google/gemma-3-12b-it", help="hub name or local directory")
-    add("--revision", default="main", help="branch, tag or commit on the hub")
-    cache = (
-        "for downloads; None: this machine's Hugging Face cache, if all is there, or ./model_cache"
-    )
+    model = "name on the Hugging Face hub, or a local directory (default: %(default)s)"
+    add("--model", default="google/gemma-3-12b-it", metavar="NAME|DIR", help=model)
+    revision = "branch, tag or commit on the hub (default: %(default)s)"
+    add("--revision", default="main", help=revision)
+    cache = "where models are downloaded to (default: ./model_cache, unless this machine's Hugging "
+    cache += "Face cache has the whole model, which is used then)"
     add("--cache-dir", type=Path, metavar="DIR", help=cache)
-    add("--device", default="cuda", help="cuda, cpu or any torch device")
+    device = "cuda, cpu or any torch device (default: %(default)s)"
+    add("--device", default="cuda", help=device)
     add("--device-map", choices=["auto"], help="spread one model over all visible GPUs")
+    dtype = "type of the weights and of all that is computed (default: %(default)s)"
     dtypes = [*TEST_BOUNDS, "float16"]
-    add("--dtype", choices=dtypes, default="bfloat16", help="of the model; float16 is refused")
-    layers = "layers to store, or `all`; negative ones from the end; None: first, quarters and last"
-    add("--layers", type=layer_list, metavar="=-1,0", help=layers)
-    limit = "longest answer in tokens; 0 generates none"
+    add("--dtype", choices=dtypes, default="bfloat16", metavar="|".join(TEST_BOUNDS), help=dtype)
+    layers = (
+        "decoder layers to store, negative ones from the end, as in --layers=-1,0 (default: the "
+    )
+    layers += "first, the last and the quarters between)"
+    add("--layers", type=layer_list, metavar="I,J|all", help=layers)
+    limit = "longest answer in tokens; with 0 none is generated (default: %(default)s)"
     add("--max-new-tokens", type=whole_number, default=200, metavar="N", help=limit)
-    size = "questions that run side by side; auto: as many as the memory takes"
-    add("--batch-size", type=number_or_auto, default="auto", metavar="N", help=size)
+    batch = "questions that run side by side (default: %(default)s, as many as the memory takes)"
+    add("--batch-size", type=number_or_auto, default="auto", metavar="N|auto", help=batch)
     cores = min(8, len(os.sched_getaffinity(0)))
-    workers = "threads that read and resize images beside the model"
+    workers = "threads that read and resize images beside the model (default: %(default)s)"
     add("--num-workers", type=positive_number, default=cores, metavar="N", help=workers)
-    interval = "samples in a part file"
+    interval = "samples in each part file (default: %(default)s)"
     add("--checkpoint-interval", type=positive_number, default=1000, metavar="N", help=interval)
-    add("--compression", choices=["none", "gzip"], default="none", help="of the vectors")
+    compression = "of the vectors (default: %(default)s)"
+    add("--compression", choices=["none", "gzip"], default="none", help=compression)
     args = parser.parse_args(argv)
     if args.dtype == "float16":
         parser.error("argument --dtype: Gemma 3's states exceed float16's 65504; use bfloat16")

@@ -130,9 +130,9 @@ def test_a_large_model_is_written_whole(tokenizer, tmp_path, monkeypatch, capsys
     make_tiny_gemma3.main(tmp_path, "12b")
     assert not (tmp_path / INDEX_NAME).exists()  # one file has none
     assert "model.safetensors: 0.00 GB" in capsys.readouterr().err
-    config, processor = script.load_processor(tmp_path)
-    assert config.eos_token_id == tiny.eos_token_id
-    assert len(processor.tokenizer) == len(tokenizer)
+    checkpoint = script.find_checkpoint(str(tmp_path), "main", None)
+    assert checkpoint.config.eos_token_id == tiny.eos_token_id
+    assert len(checkpoint.processor.tokenizer) == len(tokenizer)
 
 
 def test_old_weights_are_not_mixed_with_new_ones(tmp_path, monkeypatch, capsys):
