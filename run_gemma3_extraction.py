@@ -18,8 +18,10 @@ It writes one HDF5 file per `--checkpoint-interval` samples, with one group per 
 
 How a row travels through this script:
 
-    read_rows → plan_parts → Claims → ImageReader → Extractor (encode, prefill, decode)
+    read_rows → plan_parts → claim_parts → ImageReader → Extractor (encode, prefill, decode)
     → Recorder → PartWriter → part_001.h5
+
+`extract`, in "the run", puts these together.
 
 All prompts begin with the same tokens, up to the end of the image: the prefix. Each image runs
 through the vision tower and the prefix once. Each question about it then gets a lane, which is room
@@ -27,8 +29,8 @@ in the cache for its keys and values, with the image's copied in. Questions are 
 side, and when an answer ends, another question takes its lane.
 
 The same command continues where the last run stopped, and shares the work with runs that are still
-going. Exit status: 0 every row is stored, 1 could not start or continue, 2 wrong usage, 3 some rows
-failed, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
+going. Exit status: 0 nothing is left to do, 1 could not start or continue, 2 wrong usage, 3 some
+rows failed, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
 """
 
 from __future__ import annotations
@@ -68,13 +70,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-# Every pass has another shape, so CUDA's memory would break into pieces. torch reads this when it
-# is imported.
+# Every pass has another shape, which would fragment CUDA's memory. torch reads this on import.
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 import h5py
 import numpy as np
+import psutil
 import torch
 import transformers
 from accelerate.utils import get_max_memory
@@ -89,11 +91,10 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 # ────────────────────────────────────────── constants ──────────────────────────────────────────
 SCHEMA_VERSION = 3
 PART_NAME = "gemma3_12b_embeddings_part_{:03d}.h5"
-PARTIAL_NAME = re.compile(
-    r"(?P<stem>gemma3_12b_embeddings_part_\d+|settings|failed_samples)"
-    r"\.(?P<host>.+)-(?P<pid>\d+)\.partial"
+OUR_FILES = re.compile(
+    r"(gemma3_12b_embeddings_part_\d+|settings|failed_samples)"
+    r"\.(h5|json|csv|(?P<host>.+)-(?P<pid>\d+)\.partial)"
 )
-OUR_FILES = re.compile(r"gemma3_12b_embeddings_part_\d+\.h5|settings\.json|failed_samples\.csv")
 FAILED_NAME = "failed_samples.csv"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -124,8 +125,9 @@ MAX_PASS_IMAGES = 8  # encoded together on an accelerator; a CPU is as fast one 
 MAX_PASS_TOKENS = 8192  # of a prefill, padding included
 CPU_PASS_TOKENS = 512  # enough for a CPU's matrix products, and less padding in between
 TYPICAL_QUESTION = 64  # tokens after the prefix that a lane has room for without being widened
-# What a pass needs on a card beside weights and lanes. For the 12B the largest pass takes 3.8 GiB
-# (`tests/benchmark.py --paper` prints it). Where this is too little, the run halves its batch.
+# What a pass needs on a card beside weights and lanes, in bfloat16. The largest pass of the 12B
+# takes 2.9 GiB, as `tests/benchmark.py --paper` counts and prints. Where this is too little, the
+# run halves its batch.
 WORKING_MEMORY = 4 * 2**30
 
 log = logging.getLogger("gemma3_extraction")
@@ -196,7 +198,7 @@ class Sequence:
     image: EncodedImage
     lane: int = -1  # -1 while it waits
     query_token: np.ndarray | None = None  # [layers, D], at the last prompt token
-    own_sum: np.ndarray | None = None  # [layers, D], over the prompt's tokens after the prefix
+    suffix_sum: np.ndarray | None = None  # [layers, D], over the prompt's tokens after the prefix
     generated_ids: list[int] = field(default_factory=list)  # the end token included
     logprobs: list[float] = field(default_factory=list)  # one for each generated token
     first_token_entropy: float = math.nan  # nats
@@ -297,12 +299,9 @@ def find_columns(header: list[str]) -> dict[str, str]:
     for name, accepted in COLUMNS.items():
         present = [column for column in header if column in accepted]
         if not present:
-            wanted = " or ".join(accepted)
-            raise ValueError(f"column {wanted} is not there; its columns: {header}")
-        if len(set(present)) > 1:
-            raise ValueError(f"columns {' and '.join(present)} are both there; remove one")
+            raise ValueError(f"column {' or '.join(accepted)} is not there; its columns: {header}")
         if len(present) > 1:
-            raise ValueError(f"column {present[0]} is there twice; remove one")
+            raise ValueError(f"columns {' and '.join(present)} are both there; remove one")
         columns[name] = present[0]
     return columns
 
@@ -313,12 +312,7 @@ def make_row(fields: dict, columns: dict[str, str]) -> Row:
         raise ValueError("more fields than the header; check its commas")
     if None in fields.values():
         raise ValueError("fewer fields than the header; check its commas")
-    row = Row(
-        question_id=fields[columns["question_id"]],
-        image_id=fields[columns["image_id"]],
-        question=fields[columns["question"]],
-        ground_truth=fields[columns["ground_truth"]],
-    )
+    row = Row(**{name: fields[column] for name, column in columns.items()})
     if any("\0" in text for text in dataclasses.astuple(row)):
         raise ValueError("there is a NUL byte in it; remove it")
     if not row.question_id.strip():
@@ -372,6 +366,8 @@ def open_image(images_dir: Path, image_id: str) -> tuple[Image.Image, str, bool]
         if upright.has_transparency_data:
             is_transparent = upright.convert("RGBA").getchannel("A").getextrema()[0] < 255
         return upright.convert("RGB"), hashlib.sha256(content).hexdigest(), is_transparent
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's decoders raise anything: struct.error, TypeError, ...
         reason = str(error)
         if isinstance(error, Image.UnidentifiedImageError):
@@ -472,7 +468,9 @@ def find_in_hub(name: str, revision: str, cache_dir: Path | None) -> Path:
     if cache_dir is None:
         with contextlib.suppress(LocalEntryNotFoundError):
             cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
-            if (cached / "config.json").exists() and has_all_weights(cached):
+            names = {"config.json", "tokenizer_config.json"} | list_weights(cached)
+            has_processor = any(cached.glob("*processor_config.json"))
+            if has_processor and all((cached / needed).exists() for needed in names):
                 log.info("the model is in this machine's Hugging Face cache: %s", cached)
                 return cached
         cache_dir = Path("model_cache")
@@ -490,14 +488,11 @@ def list_weights(directory: Path) -> set[str]:
     return set(json.loads(index_path.read_text())["weight_map"].values())
 
 
-def has_all_weights(directory: Path) -> bool:
-    return all((directory / name).exists() for name in list_weights(directory))
-
-
 def download_weights(checkpoint: Checkpoint) -> None:
     """Download the weights of a hub's model, unless they are all there."""
     directory = checkpoint.directory
-    if Path(checkpoint.name).is_dir() or has_all_weights(directory):
+    has_all = all((directory / name).exists() for name in list_weights(directory))
+    if has_all or Path(checkpoint.name).is_dir():
         return
     snapshot_download(
         checkpoint.name,
@@ -543,12 +538,12 @@ def hash_local_model(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def choose_layers(asked: tuple[int, ...] | str | None, num_layers: int) -> list[int]:
+def choose_layers(requested: tuple[int, ...] | str | None, num_layers: int) -> list[int]:
     """The layers asked for, negatives from the end; by default HALP's: first, quarters, last."""
-    if asked == "all":
+    if requested == "all":
         return list(range(num_layers))
     quarters = (0, num_layers // 4, num_layers // 2, 3 * num_layers // 4, num_layers - 1)
-    chosen = asked or quarters
+    chosen = requested or quarters
     for layer_idx in chosen:
         if not -num_layers <= layer_idx < num_layers:
             raise ExtractionError(
@@ -578,7 +573,7 @@ def load_model(
         max_memory=max_memory,
     )
     check_tensors(report)
-    set_norm(model, short_norm)
+    use_rms_norm(model, fused_rms_norm)
     return model.eval()
 
 
@@ -594,7 +589,7 @@ def check_tensors(report: dict) -> None:
         log.warning("%d tensors are not Gemma 3's and not used: %s ...", len(unknown), unknown[0])
 
 
-def short_norm(norm: Gemma3RMSNorm, hidden_states: Tensor) -> Tensor:
+def fused_rms_norm(norm: Gemma3RMSNorm, hidden_states: Tensor) -> Tensor:
     """What `Gemma3RMSNorm.forward` computes, in three operations instead of ten."""
     if not hasattr(norm, "scale"):  # made at the first call, when an offloaded weight is there
         norm.scale = 1.0 + norm.weight.detach().float()
@@ -602,7 +597,7 @@ def short_norm(norm: Gemma3RMSNorm, hidden_states: Tensor) -> Tensor:
     return normed.type_as(hidden_states)
 
 
-def set_norm(model: nn.Module, forward: Callable[[Gemma3RMSNorm, Tensor], Tensor]) -> None:
+def use_rms_norm(model: nn.Module, forward: Callable[[Gemma3RMSNorm, Tensor], Tensor]) -> None:
     """Let every Gemma3RMSNorm of the model run this `forward`."""
     for module in model.modules():
         if isinstance(module, Gemma3RMSNorm):
@@ -618,6 +613,11 @@ def list_cards(device: torch.device, device_map: str | None) -> list[int]:
     return list(range(torch.cuda.device_count())) if device_map else [device.index]
 
 
+def working_memory(dtype: torch.dtype) -> int:
+    """Bytes that a pass needs on a card beside weights and lanes."""
+    return WORKING_MEMORY * dtype.itemsize // torch.bfloat16.itemsize
+
+
 def place_weights(
     config, dtype: torch.dtype, device: torch.device, device_map: str | None
 ) -> tuple[str | dict, dict | None]:
@@ -628,17 +628,19 @@ def place_weights(
     room = {}
     for card in list_cards(device, device_map):
         free = torch.cuda.mem_get_info(card)[0]
-        room[card] = max(0, int(0.9 * free) - WORKING_MEMORY)  # a tenth is left for lanes
+        # A tenth is left for lanes.
+        room[card] = max(0, int(0.9 * free) - working_memory(dtype))
+    host_memory = {"cpu": get_max_memory()["cpu"]}
     if not room:
-        return device_map or {"": device}, None
+        return (device_map, host_memory) if device_map else ({"": device}, None)
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(config)
-    num_hosted_bytes = model.num_parameters() * dtype.itemsize - sum(room.values())
-    if num_hosted_bytes <= 0 and device_map is None:
+    num_offloaded_bytes = model.num_parameters() * dtype.itemsize - sum(room.values())
+    if num_offloaded_bytes <= 0 and device_map is None:
         return {"": device}, None
-    if num_hosted_bytes > 0:
-        log.info("%.1f GiB of the weights stay in host memory: slower", num_hosted_bytes / 2**30)
-    return "auto", room | {"cpu": get_max_memory()["cpu"]}
+    if num_offloaded_bytes > 0:
+        log.info("%.1f GiB of the weights stay in host memory: slower", num_offloaded_bytes / 2**30)
+    return "auto", room | host_memory
 
 
 def choose_batch_size(config, dtype: torch.dtype, cards: list[int], num_slots: int) -> int:
@@ -656,7 +658,7 @@ def fit_batch_size(free: int, config, dtype: torch.dtype, num_slots: int) -> int
     """How many lanes fit into `free` bytes beside the working memory, a twentieth to spare."""
     text = config.text_config
     num_values = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim  # of a slot
-    num_lanes = (0.95 * free - WORKING_MEMORY) / (num_values * dtype.itemsize * num_slots)
+    num_lanes = (0.95 * free - working_memory(dtype)) / (num_values * dtype.itemsize * num_slots)
     return max(1, min(MAX_BATCH_SIZE, int(num_lanes)))
 
 
@@ -674,7 +676,7 @@ class Prompter:
         added = self._tokenizer.added_tokens_decoder
         self._special_ids = {token_id for token_id, token in added.items() if token.special}
         self._special_ids.add(config.image_token_id)
-        self._lock = threading.Lock()  # a fast tokenizer must not serve two threads at once
+        self._tokenizer_lock = threading.Lock()  # it must not serve two threads at once
         plain = self._encode("?")
         if plain.count(self._tokenizer.bos_token_id) != 1:
             raise ValueError("its chat template does not give exactly one <bos>")
@@ -695,7 +697,7 @@ class Prompter:
         boi_token = self.processor.boi_token
         full_image = self.processor.full_image_sequence
         text = self.render(question).replace(boi_token, full_image, 1)  # the image comes first
-        with self._lock:
+        with self._tokenizer_lock:
             return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def tokenize(self, question: str) -> list[int]:
@@ -727,9 +729,10 @@ class Prompter:
 
     def decode(self, answer_ids: list[int]) -> str:
         """An answer's text: without special tokens, whitespace kept."""
-        text = self._tokenizer.decode(
-            answer_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        with self._tokenizer_lock:
+            text = self._tokenizer.decode(
+                answer_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
         return text.replace("\0", "\N{REPLACEMENT CHARACTER}")  # NUL would end a string in HDF5
 
 
@@ -747,30 +750,31 @@ class ImageReader:
     dtype: torch.dtype
     num_workers: int
     is_pinned: bool  # images are in memory that a card copies from while it computes
-    transparent: list[str] = field(default_factory=list)  # image_ids that lost transparency
+    transparent: dict[str, None] = field(default_factory=dict)  # image_ids, in order
 
     def read_ahead(
-        self, parts: Iterable[list[Row]], fail: Callable[[Failure], None]
+        self, parts: Iterable[list[Row]], on_failure: Callable[[Failure], None]
     ) -> Iterator[PreparedImage]:
-        """Images with their prompts, in order, part by part. Rows that cannot be read go to `fail`.
+        """Images with their prompts, in order. Rows that cannot be read go to `on_failure`.
 
         Only a few images are in memory at a time.
         """
+        by_image = (about_image for rows in parts for about_image in group_by_image(rows))
         with ThreadPoolExecutor(self.num_workers) as pool:
-            jobs = (pool.submit(self.prepare, rows) for rows in rows_by_image(parts))
+            jobs = (pool.submit(self.prepare_image, rows) for rows in by_image)
             pending = deque(itertools.islice(jobs, 2 * self.num_workers + 1))
             try:
                 while pending:
                     image, failures = pending.popleft().result()
                     for failure in failures:
-                        fail(failure)
+                        on_failure(failure)
                     if image is not None:
                         yield image
                     pending.extend(itertools.islice(jobs, 1))
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def prepare(self, rows: list[Row]) -> tuple[PreparedImage | None, list[Failure]]:
+    def prepare_image(self, rows: list[Row]) -> tuple[PreparedImage | None, list[Failure]]:
         """What the model reads of the rows about one image, and the rows that cannot be read."""
         prompts = []
         failures = []
@@ -787,21 +791,11 @@ class ImageReader:
         except RowError as error:
             return None, failures + [Failure(prompt.row, str(error)) for prompt in prompts]
         if is_transparent:
-            self.transparent.append(image_id)
+            self.transparent[image_id] = None
         pixel_values = self.prompter.pixels(image).to(self.dtype)
         if self.is_pinned:
             pixel_values = pixel_values.pin_memory()
         return PreparedImage(pixel_values, sha256, prompts), failures
-
-
-def rows_by_image(parts: Iterable[list[Row]]) -> Iterator[list[Row]]:
-    """The rows about one image, part by part.
-
-    Not one `groupby` over all parts: that reads a row ahead, and would claim the next part early.
-    """
-    for rows in parts:
-        for _, about_image in itertools.groupby(rows, operator.attrgetter("image_id")):
-            yield list(about_image)
 
 
 # ──────────────────────────────────────────── hooks ────────────────────────────────────────────
@@ -816,39 +810,35 @@ class CapturedStates:
 
 @contextlib.contextmanager
 def capture_states(
-    model: nn.Module, layers: list[int], kept_pos: Tensor, is_padding: Tensor
+    model: nn.Module, layers: list[int], token_pos: Tensor, is_padding: Tensor
 ) -> Iterator[CapturedStates]:
     """Forward hooks on the vision tower and the chosen decoder layers, for one pass over n rows.
 
-    Of each layer's output they keep the token at index `kept_pos` [n] of each row, and the sum over
+    Of each layer's output they keep the token at index `token_pos` [n] of each row, and the sum over
     the row's tokens except where `is_padding` [n, L]. All hooks are removed at the end.
     """
     states = CapturedStates()
-    # Both are on the device before the pass: a copy within it would make the card wait. A model
-    # that accelerate has spread over several cards needs them on each, once.
-    indices = {kept_pos.device: (kept_pos[:, None, None], is_padding[:, :, None])}
+    # Both are on the device before the pass: a copy within it would make the card wait. Only where
+    # accelerate has spread a model over several cards are they copied to the others, once each.
+    places = {token_pos.device: (token_pos[:, None, None], is_padding[:, :, None])}
 
     def on_vision_tower(module, args, output) -> None:
         states.patch_mean = output.last_hidden_state.mean(dim=1, dtype=torch.float32)
 
     def on_decoder_layer(module, args, output: Tensor) -> None:
-        if output.device not in indices:  # output: [n, L, D]
-            first = next(iter(indices.values()))
-            indices[output.device] = tuple(index.to(output.device) for index in first)
-        kept, padding = indices[output.device]
-        states.kept_tokens.append(torch.take_along_dim(output, kept, dim=1)[:, 0].float())
+        device = output.device
+        if device not in places:
+            places[device] = tuple(index.to(device) for index in places[token_pos.device])
+        index, padding = places[device]
+        states.kept_tokens.append(torch.take_along_dim(output, index, dim=1)[:, 0].float())
         states.token_sums.append(output.masked_fill(padding, 0).sum(dim=1, dtype=torch.float32))
 
-    hooked = [model.model.language_model.layers[layer_idx] for layer_idx in layers]
-    handles = []
-    try:
-        handles.append(model.model.vision_tower.register_forward_hook(on_vision_tower))
-        for layer in hooked:
-            handles.append(layer.register_forward_hook(on_decoder_layer))
+    with contextlib.ExitStack() as hooks:  # which removes them
+        hooks.enter_context(model.model.vision_tower.register_forward_hook(on_vision_tower))
+        for layer_idx in layers:
+            layer = model.model.language_model.layers[layer_idx]
+            hooks.enter_context(layer.register_forward_hook(on_decoder_layer))
         yield states
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def to_numpy(tensors: list[Tensor]) -> np.ndarray:
@@ -1047,11 +1037,11 @@ class Scheduler:
 
         Those of similar length are: the shorter ones of a batch are padded to its longest.
         """
-        by_length = sorted(self._admitted, key=self._num_own_tokens)
+        by_length = sorted(self._admitted, key=self._num_suffix_tokens)
         self._admitted = []
         batches: list[list[Sequence]] = []
         for sequence in by_length:
-            num_tokens = self._num_own_tokens(sequence)  # the longest so far
+            num_tokens = self._num_suffix_tokens(sequence)  # the longest so far
             if batches and (len(batches[-1]) + 1) * num_tokens <= self._max_pass_tokens:
                 batches[-1].append(sequence)
             else:
@@ -1070,7 +1060,7 @@ class Scheduler:
         num_slots = lane_slots(len(sequence.prompt.input_ids), self._max_new_tokens)
         return max(self._usual_slots, num_slots)
 
-    def _num_own_tokens(self, sequence: Sequence) -> int:
+    def _num_suffix_tokens(self, sequence: Sequence) -> int:
         return len(sequence.prompt.input_ids) - self._num_prefix
 
 
@@ -1132,7 +1122,7 @@ class Extractor:
                             is_exhausted = True
                             break
                         self.encode(chunk)
-                        yield []
+                        yield []  # a chance to stop between two passes
                     self._seat(scheduler.admit())
                 for sequences in scheduler.prefill_batches():
                     yield self.prefill(sequences)
@@ -1149,7 +1139,8 @@ class Extractor:
         is_soft = input_ids == self.model.config.image_token_id
         is_padding = torch.zeros_like(is_soft)
         last_soft = torch.full((len(images),), prompter.soft_stop - 1, device=self.device)
-        self._prefix_cache = transformers.DynamicCache()  # given a config, it would drop positions
+        # Without a config it keeps all positions; with one, sliding layers keep their window.
+        self._prefix_cache = transformers.DynamicCache()
         with capture_states(self.model, self.layers, last_soft, is_padding) as states:
             self.model.model(
                 input_ids=input_ids,
@@ -1182,11 +1173,11 @@ class Extractor:
     def prefill(self, sequences: list[Sequence]) -> list[Outcome]:
         """Run the prompts' tokens after the prefix: their states, and the answers' first tokens."""
         num_prefix = len(self.prompter.prefix)
-        own_ids = [sequence.prompt.input_ids[num_prefix:] for sequence in sequences]
-        num_longest = max(map(len, own_ids))
-        padded = [ids + [0] * (num_longest - len(ids)) for ids in own_ids]
+        suffix_ids = [sequence.prompt.input_ids[num_prefix:] for sequence in sequences]
+        num_longest = max(map(len, suffix_ids))
+        padded = [ids + [0] * (num_longest - len(ids)) for ids in suffix_ids]
         input_ids = self._to_device(padded)  # [n, L]
-        lengths = self._to_device([len(ids) for ids in own_ids])  # [n]
+        lengths = self._to_device([len(ids) for ids in suffix_ids])  # [n]
         offsets = torch.arange(num_longest, device=self.device)  # [L]
         positions = (num_prefix + offsets).expand_as(input_ids)  # [n, L]
         lanes = [sequence.lane for sequence in sequences]
@@ -1201,10 +1192,10 @@ class Extractor:
             distribution = torch.distributions.Categorical(logits=logits, validate_args=False)
             head = [*choose_tokens(logits), distribution.entropy().double()]
         query_tokens = to_numpy(states.kept_tokens)  # [n, layers, D]
-        own_sums = to_numpy(states.token_sums)  # [n, layers, D]
+        suffix_sums = to_numpy(states.token_sums)  # [n, layers, D]
         for i, sequence in enumerate(sequences):
             sequence.query_token = query_tokens[i]
-            sequence.own_sum = own_sums[i]
+            sequence.suffix_sum = suffix_sums[i]
         if not head:
             return [self._finish(sequence) for sequence in sequences]
         tokens, logprobs, entropies = to_numpy(head).T.tolist()
@@ -1281,7 +1272,7 @@ class Extractor:
         self.scheduler.finish(sequence)
         prompt = sequence.prompt
         image = sequence.image
-        token_sum = image.prefix_sum + sequence.own_sum
+        token_sum = image.prefix_sum + sequence.suffix_sum
         states = {  # [layers, D] each
             VISION_TOKEN: image.vision_token,
             QUERY_TOKEN: sequence.query_token,
@@ -1572,7 +1563,6 @@ class OutputLock:
     def __init__(self, output_dir: Path) -> None:
         self.output_dir = output_dir
         self._has_locks = True
-        self._marks: set[Path] = set()  # the `.partial` files of the parts that we claimed
         path = output_dir / ".lock"
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -1621,10 +1611,11 @@ class OutputLock:
             return
         stored = json.loads(path.read_bytes())
         if differences := describe_differences(stored, dataclasses.asdict(settings)):
-            by = f" by the process of {marks[0].name}" if is_alone else ""
+            advice = "wait, or choose another --output-dir"
+            if is_alone:  # as far as locks say
+                advice += f"; if nobody is at work there, delete {marks[0]}"
             raise ExtractionError(
-                f"{self.output_dir} is in use{by} with other settings: {differences} "
-                "| wait, choose another --output-dir, or --overwrite once nobody is at work there"
+                f"{self.output_dir} is in use with other settings: {differences} | {advice}"
             )
 
     def share(self, settings: Settings) -> None:
@@ -1640,9 +1631,8 @@ class OutputLock:
         """
         if not self._lock(self.EXCLUSIVE, part.number):
             return False
-        mark = partial_path(part.path)
+        mark = partial_path(part.path)  # which the part is written to when it is complete
         mark.touch()
-        self._marks.add(mark)
         if take_over or self._first_to_mark(part.path) == mark.name:
             return True
         self.release(part)
@@ -1668,12 +1658,9 @@ class OutputLock:
         Those of another host may be needed, so they go when a process there does the same.
         """
         for path in self.output_dir.glob("*.partial"):
-            match = PARTIAL_NAME.fullmatch(path.name)
-            if (
-                match
-                and match["host"] == socket.gethostname()
-                and not is_running(int(match["pid"]))
-            ):
+            match = OUR_FILES.fullmatch(path.name)
+            is_ours = match and match["host"] == socket.gethostname()
+            if is_ours and not psutil.pid_exists(int(match["pid"])):
                 path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -1688,56 +1675,32 @@ class OutputLock:
 
     def close(self) -> None:
         """Give everything back."""
-        for mark in self._marks:
-            mark.unlink(missing_ok=True)
+        for mark in self.output_dir.glob(partial_path(Path("*")).name):
+            mark.unlink()
         self.remove_leftovers()
         os.close(self._descriptor)
 
 
-def is_running(pid: int) -> bool:
-    """Whether this host has such a process."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is somebody else's
-        pass
-    return True
+def claim_parts(lock: OutputLock, parts: list[Part]) -> Iterator[Part]:
+    """Parts that nobody else works on, each claimed when it is asked for, with the rows it misses.
 
-
-class Claims:
-    """The parts that still miss rows, taken one by one, each by one process."""
-
-    def __init__(self, lock: OutputLock, parts: list[Part]) -> None:
-        self._lock = lock
-        self._left = list(parts)
-        self._is_last_round = False
-
-    def claim_next(self) -> Part | None:
-        """Claim a part that nobody else works on, with the rows that it misses; None at the end.
-
-        There are two rounds. The second takes what others had marked and is still missing: their
-        process may have died, or be on a host that our locks do not reach.
-        """
-        while True:
-            for part in list(self._left):
-                if not self._lock.claim(part, take_over=self._is_last_round):
-                    continue
-                self._left.remove(part)
-                if missing := self._still_missing(part):
-                    return dataclasses.replace(part, missing=missing)
-                self._lock.release(part)
-            if self._is_last_round:
-                return None
-            self._is_last_round = True
-
-    @staticmethod
-    def _still_missing(part: Part) -> list[Row]:
-        """Others may have stored some of the rows since we looked."""
-        if not part.path.exists():
-            return part.missing
-        with explain_read_errors(part.path), h5py.File(part.path, "r", locking=False) as file:
-            return [row for row in part.missing if group_name(row.question_id) not in file]
+    The second round takes what others had marked and is still missing: their process may have
+    died, or be on a host that our locks do not reach.
+    """
+    left = list(parts)
+    for is_last_round in (False, True):
+        for part in list(left):
+            if not lock.claim(part, take_over=is_last_round):
+                continue
+            left.remove(part)
+            missing = part.missing
+            if part.path.exists():  # others may have stored some of them since we looked
+                with explain_read_errors(part.path), h5py.File(part.path, locking=False) as file:
+                    missing = [row for row in missing if group_name(row.question_id) not in file]
+            if missing:
+                yield dataclasses.replace(part, missing=missing)
+            else:
+                lock.release(part)
 
 
 # ─────────────────────────────────────────── the run ───────────────────────────────────────────
@@ -1756,8 +1719,8 @@ def choose_device(name: str) -> torch.device:
         variable = "LOCAL_RANK" if os.environ.get("LOCAL_RANK") else "SLURM_LOCALID"
         card = launcher_number(variable)
         if card is not None:
-            num_cards = max(1, torch.cuda.device_count())  # where a task sees one, it takes that
-            name = f"cuda:{card % num_cards}"
+            num_cards = torch.cuda.device_count()
+            name = f"cuda:{card % max(1, num_cards)}"  # a task that sees one card takes that one
             told = f", by {variable}={card} with {num_cards} visible"
     try:
         device = torch.empty(0, device=name).device
@@ -1838,8 +1801,8 @@ class Outcomes:
         for outcome in outcomes:
             self.record(outcome)
         self._num_seen += len(outcomes)
-        is_all_in_vain = outcomes and not self.num_extracted and not num_running
-        if is_all_in_vain and self._num_seen >= MAX_FAILED_ROWS:
+        have_all_failed = outcomes and not self.num_extracted and not num_running
+        if have_all_failed and self._num_seen >= MAX_FAILED_ROWS:
             last = outcomes[-1]
             raise ExtractionError(
                 f"the first {self._num_seen} rows that the model saw all failed: something is "
@@ -1880,16 +1843,19 @@ class Recorder(Outcomes):
         self._bar.set_postfix(failed=self.num_failed, refresh=False)
         self._bar.update()
         if len(outcomes) == len(part.missing):
-            wait(self._writes)  # or parts that wait to be written would fill the memory
+            self._raise_failed_write()  # which waits, or parts to write would fill the memory
             self._start_write(part.number)
-        if self._writes and self._writes[-1].done():
-            self._writes[-1].result()
+        elif self._writes and self._writes[-1].done():
+            self._raise_failed_write()
 
     def finish(self) -> None:
         """Write what there is of the parts in memory, all that can be; raise what went wrong."""
         for number in list(self._in_memory):
             self._start_write(number)
         wait(self._writes)
+        self._raise_failed_write()
+
+    def _raise_failed_write(self) -> None:
         for write in self._writes:
             write.result()
 
@@ -1914,22 +1880,6 @@ class Recorder(Outcomes):
             update_failures(self._lock.output_dir, lambda name: name not in settled, failures)
 
 
-def run_passes(
-    extractor: Extractor,
-    reader: ImageReader,
-    parts: Iterator[list[Row]],
-    outcomes: Outcomes,
-    stops: list[int],
-) -> None:
-    """Extract the rows that have no outcome yet, then those of `parts`, until asked to stop."""
-    all_rows = itertools.chain([outcomes.unfinished()], parts)
-    with contextlib.closing(reader.read_ahead(all_rows, outcomes.record)) as images:
-        for finished in extractor.run(images):
-            outcomes.record_pass(finished, extractor.scheduler.num_running)
-            if stops:
-                return
-
-
 def extract_rows(
     extractor: Extractor,
     reader: ImageReader,
@@ -1937,15 +1887,21 @@ def extract_rows(
     outcomes: Outcomes,
     stops: list[int],
 ) -> None:
-    """Extract all rows, in whatever memory there is.
+    """Extract the rows that have no outcome yet, then those of `parts`, until asked to stop.
 
-    Where memory runs out, half the batch continues for good, with the rows that have no outcome
-    yet. A question that does not fit alone fails, and the batch size from before it comes back.
+    Where memory runs out, half the batch continues with the rows that have no outcome yet. A
+    question that does not fit alone fails, and the batch size from before it comes back.
     """
     size_before: dict[str, int] = {}  # by question_id: when memory first ran out before its end
     while True:
         try:
-            return run_passes(extractor, reader, parts, outcomes, stops)
+            all_rows = itertools.chain([outcomes.unfinished()], parts)
+            with contextlib.closing(reader.read_ahead(all_rows, outcomes.record)) as images:
+                for finished in extractor.run(images):
+                    outcomes.record_pass(finished, extractor.scheduler.num_running)
+                    if stops:
+                        break
+            return
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -2016,7 +1972,12 @@ def open_output(lock: OutputLock, job: Job, overwrite: bool, compression: str) -
     is_alone = lock.enter()
     stored = set()
     if overwrite:
-        check_overwrite(output_dir, is_alone)
+        num_processes = launcher_number("WORLD_SIZE", 1)
+        if num_processes > 1 or not is_alone:
+            raise ExtractionError(
+                f"--overwrite needs {output_dir} for itself | wait until others have ended, and "
+                f"start one process (WORLD_SIZE={num_processes} in the environment)"
+            )
     else:
         lock.check_others(job.settings, is_alone)
         # Texts are compared by the process that checks, once for all.
@@ -2035,36 +1996,18 @@ def open_output(lock: OutputLock, job: Job, overwrite: bool, compression: str) -
     return to_do
 
 
-def check_overwrite(output_dir: Path, is_alone: bool) -> None:
-    """Raises ExtractionError if other processes are, or will be, at work in the directory."""
-    num_processes = launcher_number("WORLD_SIZE", 1)
-    if is_alone and num_processes == 1:
-        return
-    reason = "another process is at work there"
-    if num_processes > 1:
-        reason = f"WORLD_SIZE={num_processes} says that a launcher starts others"
-    advice = "wait for the others, or start one process"
-    raise ExtractionError(f"--overwrite needs {output_dir} for itself, and {reason} | {advice}")
-
-
 def list_our_files(output_dir: Path) -> list[Path]:
     """What this program wrote there, and nothing else."""
-    patterns = (OUR_FILES, PARTIAL_NAME)
-    return [
-        path
-        for path in output_dir.iterdir()
-        if any(pattern.fullmatch(path.name) for pattern in patterns)
-    ]
+    return [path for path in output_dir.iterdir() if OUR_FILES.fullmatch(path.name)]
 
 
 def check_room(output_dir: Path, room: int, needed: int, compression: str) -> None:
     """Raises ExtractionError if the disk is too small; where compression may help, it warns."""
-    if needed <= room:
-        return
-    lack = f"{output_dir} has {room / 1e6:.1f} MB free; the run needs {needed / 1e6:.1f} MB"
-    if compression == "none":
-        raise ExtractionError(f"{lack} | make room, or choose another --output-dir")
-    log.warning("%s without compression, so it may not be enough", lack)
+    message = f"{output_dir} has {room / 1e6:.1f} MB free; the run needs {needed / 1e6:.1f} MB"
+    if needed > room and compression == "none":
+        raise ExtractionError(f"{message} | make room, or choose another --output-dir")
+    if needed > room:
+        log.warning("%s without compression, so it may not be enough", message)
 
 
 def make_parts(output_dir: Path, plan: list[list[Row]], to_do: set[str]) -> list[Part]:
@@ -2136,9 +2079,10 @@ def extract(args: argparse.Namespace) -> int:
         to_do = open_output(lock, job, args.overwrite, args.compression)
         log.info("%d rows in the plan, %d to do", len(job.wanted), len(to_do))
         plan = plan_parts(job.rows, args.checkpoint_interval)
-        claims = Claims(lock, make_parts(args.output_dir, plan, to_do))
-        # Claimed before the model loads: eight processes on two parts need not load eight models.
-        first_part = claims.claim_next()
+        claims = claim_parts(lock, make_parts(args.output_dir, plan, to_do))
+        # Claims the first part before the model loads: eight processes on two parts need not load
+        # eight models.
+        first_part = next(claims, None)
         if first_part is None and not args.test:
             return summarise(Outcomes(), job, len(to_do), seconds=0)
         extractor = load_extractor(args, job)
@@ -2152,7 +2096,7 @@ def extract(args: argparse.Namespace) -> int:
             make_bar(len(to_do)) as bar,
         ):
             recorder = Recorder(lock, writer, bar)
-            parts = claim_all(claims, first_part)
+            parts = itertools.chain([first_part] if first_part else [], claims)
             try:
                 extract_rows(extractor, reader, map(recorder.expect_part, parts), recorder, stops)
             finally:
@@ -2164,20 +2108,12 @@ def extract(args: argparse.Namespace) -> int:
         if reader.transparent:
             num_images = len(reader.transparent)
             told = "%d images are partly transparent, which is dropped as transformers does: %r ..."
-            log.warning(told, num_images, reader.transparent[0])
+            log.warning(told, num_images, next(iter(reader.transparent)))
         is_sound = True
         if args.test and launcher_number("RANK", 0) == 0:
             is_sound = report_test(args, job, extractor)
         status = summarise(recorder, job, len(to_do), seconds)
         return status if is_sound else 1
-
-
-def claim_all(claims: Claims, first_part: Part | None) -> Iterator[Part]:
-    """The part that was claimed already, then others, each claimed when it is asked for."""
-    part = first_part
-    while part is not None:
-        yield part
-        part = claims.claim_next()
 
 
 def make_reader(args: argparse.Namespace, job: Job) -> ImageReader:
@@ -2212,7 +2148,7 @@ def summarise(outcomes: Outcomes, job: Job, num_to_do: int, seconds: float) -> i
 
 # ─────────────────────────────────────────── --test ────────────────────────────────────────────
 @torch.inference_mode()
-def run_plainly(
+def reference_forward(
     extractor: Extractor, image: Image.Image, question: str, has_image_mask: bool = True
 ) -> tuple[list[int], dict[str, Tensor], Tensor]:
     """What transformers alone gives for a prompt: no hook, no cache, nothing shared, Gemma's norm.
@@ -2233,12 +2169,12 @@ def run_plainly(
         del inputs["token_type_ids"]
     final_norm = decoder.norm
     decoder.norm = nn.Identity()  # so that the last of the hidden states is the last layer's output
-    set_norm(model, Gemma3RMSNorm.forward)
+    use_rms_norm(model, Gemma3RMSNorm.forward)
     try:
         outputs = model.model(**inputs, output_hidden_states=True, use_cache=False)
     finally:
         decoder.norm = final_norm
-        set_norm(model, short_norm)
+        use_rms_norm(model, fused_rms_norm)
     patches = model.model.vision_tower(inputs["pixel_values"]).last_hidden_state[0].float()
     vectors = {VISION: patches.mean(0).cpu()}
     for layer_idx in extractor.layers:
@@ -2277,8 +2213,8 @@ def report_test(args: argparse.Namespace, job: Job, extractor: Extractor) -> boo
             input_ids = job.prompter.tokenize(row.question)
         except RowError:
             continue
-        plain_ids, expected, soft_states = run_plainly(extractor, image, row.question)
-        _, _, unmasked = run_plainly(extractor, image, row.question, has_image_mask=False)
+        plain_ids, expected, soft_states = reference_forward(extractor, image, row.question)
+        _, _, unmasked = reference_forward(extractor, image, row.question, has_image_mask=False)
         has_same_tokens.append(input_ids == plain_ids)
         query_pos.append(len(input_ids) - 1)
         mask_effects.append(relative_error(unmasked, soft_states))

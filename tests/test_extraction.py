@@ -101,7 +101,7 @@ def read_all(prompter, rows, dtype="float32"):
     """The images with their prompts, as the run reads them."""
     dtype = getattr(torch, dtype)
     reader = script.ImageReader(prompter, IMAGES, dtype, num_workers=2, is_pinned=False)
-    return reader.read_ahead([rows], fail=pytest.fail)
+    return reader.read_ahead([rows], on_failure=pytest.fail)
 
 
 def run_all(extractor, rows=None):
@@ -254,7 +254,7 @@ def test_the_short_norm_is_gemmas():
     torch.nn.init.normal_(norm.weight)
     for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
         hidden = (1000 * torch.randn(3, 5, 64)).to(dtype)
-        found = script.short_norm(norm, hidden)
+        found = script.fused_rms_norm(norm, hidden)
         expected = norm(hidden)
         assert found.dtype == dtype
         torch.testing.assert_close(found, expected, rtol=bound, atol=0)

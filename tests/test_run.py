@@ -193,17 +193,17 @@ def test_three_rows_first_and_then_the_rest(plain_run, tmp_path):
 @pytest.mark.parametrize("mistake", FAILING)
 def test_a_failed_check_of_the_test_run_is_an_error(mistake, tmp_path, monkeypatch):
     factors = {"a layer is off": 1.01, "a NaN": math.nan}
-    run_plainly = script.run_plainly
+    reference_forward = script.reference_forward
 
     def mistaken(*args, has_image_mask=True):
         has_image_mask = has_image_mask or mistake == "no effect of the mask"
-        input_ids, vectors, soft_states = run_plainly(*args, has_image_mask=has_image_mask)
+        input_ids, vectors, soft_states = reference_forward(*args, has_image_mask=has_image_mask)
         for name in vectors:
             if name.endswith("layer_4"):
                 vectors[name] = vectors[name] * factors.get(mistake, 1)
         return input_ids[mistake == "no <bos>" :], vectors, soft_states
 
-    monkeypatch.setattr(script, "run_plainly", mistaken)
+    monkeypatch.setattr(script, "reference_forward", mistaken)
     status, counts, lines = run_program(tmp_path, "--test", rows=SOME[:1])
     assert (status, counts) == (1, (1, 1, 0, 0))
     failing = [i for i, line in enumerate(lines) if line.startswith("FAIL  ")]

@@ -223,7 +223,7 @@ def test_nobody_puts_a_file_of_another_process_in_place(tmp_path, monkeypatch):
         monkeypatch.setattr(script.socket, "gethostname", lambda host=host: host)
         names.append(script.partial_path(path).name)
     assert len(set(names)) == 2
-    assert all(script.PARTIAL_NAME.fullmatch(name) for name in names)
+    assert all(script.OUR_FILES.fullmatch(name) for name in names)
     assert names[0].startswith("gemma3_12b_embeddings_part_001.one-")
 
 
