@@ -814,8 +814,8 @@ def capture_states(
 ) -> Iterator[CapturedStates]:
     """Forward hooks on the vision tower and the chosen decoder layers, for one pass over n rows.
 
-    Of each layer's output they keep the token at index `token_pos` [n] of each row, and the sum over
-    the row's tokens except where `is_padding` [n, L]. All hooks are removed at the end.
+    Of each layer's output they keep the token at index `token_pos` [n] of each row, and the sum
+    over its tokens except where `is_padding` [n, L]. All hooks are removed at the end.
     """
     states = CapturedStates()
     # Both are on the device before the pass: a copy within it would make the card wait. Only where
@@ -852,9 +852,9 @@ class Lanes:
     """The keys and values of all sequences that are running, one lane for each.
 
     Those of a layer are one tensor [2, lanes, kv_heads, slots, head_dim] on the layer's device. A
-    slot is a position in the prompt and its answer. A lane sees its own slots only, and of these
-    only those up to the token that is run, so what lies behind has no effect as long as it is
-    finite.
+    slot is a position in the prompt and its answer. A token sees its own lane only, up to itself.
+    What lies behind must be finite all the same: attention multiplies it by 0, and a NaN would
+    survive that.
     """
 
     def __init__(self) -> None:
@@ -871,69 +871,71 @@ class Lanes:
             self.layers = []
         for layer_idx, layer in enumerate(cache.layers):
             _, num_heads, _, head_dim = layer.keys.shape
-            lanes = layer.keys.new_empty(2, num_lanes, num_heads, num_slots, head_dim)
+            resized = layer.keys.new_empty(2, num_lanes, num_heads, num_slots, head_dim)
             if num_kept:
                 old = self.layers[layer_idx]
-                lanes[:, :num_kept, :, :num_shared] = old[:, :num_kept, :, :num_shared]
-                lanes[:, :num_kept, :, num_shared:] = 0
-                self.layers[layer_idx] = lanes  # a layer's old ones are freed before the next
+                resized[:, :num_kept, :, :num_shared] = old[:, :num_kept, :, :num_shared]
+                resized[:, :num_kept, :, num_shared:] = 0
+                self.layers[layer_idx] = resized  # a layer's old ones are freed before the next
             else:
-                self.layers.append(lanes)
+                self.layers.append(resized)
         self.num_lanes = num_lanes
         self.num_slots = num_slots
 
     def fill(self, start: int, cache, image_indices: list[int]) -> None:
         """Copy the prefix of one of the cache's images into each lane from `start` on.
 
-        The slots behind it become 0. Attention multiplies what it must not see by 0, and a NaN that
-        an earlier sequence left there would survive that.
+        The slots behind it become 0, whatever an earlier sequence has left there.
         """
         index = torch.tensor(image_indices)
         stop = start + len(image_indices)
-        for layer, lanes in zip(cache.layers, self.layers, strict=True):
-            index = index.to(lanes.device)
-            num_filled = layer.keys.shape[2]
-            filled = lanes[:, start:stop, :, :num_filled]
-            torch.index_select(layer.keys, 0, index, out=filled[0])
-            torch.index_select(layer.values, 0, index, out=filled[1])
-            lanes[:, start:stop, :, num_filled:] = 0
+        for cached, layer in zip(cache.layers, self.layers, strict=True):
+            index = index.to(layer.device)
+            num_filled = cached.keys.shape[2]
+            filled = layer[:, start:stop, :, :num_filled]
+            torch.index_select(cached.keys, 0, index, out=filled[0])
+            torch.index_select(cached.values, 0, index, out=filled[1])
+            layer[:, start:stop, :, num_filled:] = 0
 
     def move(self, moves: list[tuple[int, int]]) -> None:
         """Copy lanes into others, (source, target) each."""
         if not moves:
             return
         index = torch.tensor(moves)  # [moves, 2]
-        for lanes in self.layers:
-            index = index.to(lanes.device)
-            lanes[:, index[:, 1]] = lanes[:, index[:, 0]]
+        for layer in self.layers:
+            index = index.to(layer.device)
+            layer[:, index[:, 1]] = layer[:, index[:, 0]]
 
 
 class LaneCache:
-    """n of the lanes, for one pass: what transformers' layers take as a cache."""
+    """n of the lanes, for one pass, as the cache that transformers' layers take.
 
-    def __init__(self, lanes: Lanes, chosen: list[int], positions: Tensor, num_slots: int) -> None:
+    Given masks and positions, Gemma's decoder calls nothing of it but `update`.
+    """
+
+    def __init__(self, lanes: Lanes, lane_ids: list[int], positions: Tensor, num_used: int) -> None:
         self._layers = lanes.layers
         self._positions = positions  # [n, L]
-        self._num_slots = num_slots  # those that may be in use
-        start = chosen[0]
-        stop = start + len(chosen)
+        self._num_used = num_used  # slots, of each lane, in which there may be tokens
+        start = lane_ids[0]
+        stop = start + len(lane_ids)
         self._slice = None
-        if chosen == list(range(start, stop)):
+        if lane_ids == list(range(start, stop)):
             self._slice = slice(start, stop)  # which gives a view, where an index copies
             self._index = torch.arange(start, stop, device=positions.device)  # [n]
         else:
-            self._index = torch.tensor(chosen).to(positions.device, non_blocking=True)
+            self._index = torch.tensor(lane_ids).to(positions.device, non_blocking=True)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_, **__) -> tuple:
         """Store the tokens' [n, kv_heads, L, head_dim]; returns all that their lanes have."""
-        lanes = self._layers[layer_idx]  # [2, lanes, kv_heads, slots, head_dim]
-        index = self._index.to(keys.device)[:, None]
+        layer = self._layers[layer_idx]  # [2, lanes, kv_heads, slots, head_dim]
+        index = self._index.to(keys.device)
         positions = self._positions.to(keys.device)
-        lanes[0][index, :, positions] = keys.transpose(1, 2)  # [n, L, kv_heads, head_dim]
-        lanes[1][index, :, positions] = values.transpose(1, 2)
-        chosen = index[:, 0] if self._slice is None else self._slice
-        seen = lanes[:, chosen, :, : self._num_slots]
-        return seen[0], seen[1]
+        layer[0][index[:, None], :, positions] = keys.transpose(1, 2)  # [n, L, kv_heads, head_dim]
+        layer[1][index[:, None], :, positions] = values.transpose(1, 2)
+        chosen = index if self._slice is None else self._slice
+        used = layer[:, chosen, :, : self._num_used]
+        return used[0], used[1]
 
 
 def causal_masks(
@@ -948,10 +950,10 @@ def causal_masks(
     distance = positions[:, None, :, None] - slots  # [n, 1, L, slots]
     is_later = distance < 0
     is_too_far = distance >= window
-    nothing = torch.zeros((), dtype=dtype, device=positions.device)
+    zero = torch.zeros((), dtype=dtype, device=positions.device)
     return {
-        "full_attention": nothing.masked_fill(is_later, -math.inf),
-        "sliding_attention": nothing.masked_fill(is_later | is_too_far, -math.inf),
+        "full_attention": zero.masked_fill(is_later, -math.inf),
+        "sliding_attention": zero.masked_fill(is_later | is_too_far, -math.inf),
     }
 
 
@@ -965,8 +967,9 @@ class Scheduler:
     """Which sequences wait, which run in which lane, and which are run together.
 
     There is no tensor in it. The running sequences are in lanes 0, 1, 2, ... side by side; a
-    sequence that ends leaves a gap, and its lane is still run until the gap is closed. All lanes
-    together never have more slots than `batch_size` lanes of the usual width.
+    sequence that ends leaves a gap, and its lane is still run until the gap is closed. Lanes are as
+    wide as the longest running prompt needs, or as a typical question does. All together never have
+    more slots than `batch_size` lanes of that usual width, so a long prompt makes them fewer.
     """
 
     def __init__(
@@ -1013,7 +1016,7 @@ class Scheduler:
     def has_room(self) -> bool:
         """Whether the next sequence fits beside the running ones; alone, any does.
 
-        One that is too long for that waits until enough lanes are free, and the others with it.
+        One that is too long blocks those behind it, so that none waits for ever.
         """
         width = self.num_slots
         if self.waiting:
@@ -1123,7 +1126,7 @@ class Extractor:
                             break
                         self.encode(chunk)
                         yield []  # a chance to stop between two passes
-                    self._seat(scheduler.admit())
+                    self._fill_lanes(scheduler.admit())
                 for sequences in scheduler.prefill_batches():
                     yield self.prefill(sequences)
             if scheduler.num_running:
@@ -1158,8 +1161,8 @@ class Extractor:
             )
             self.scheduler.waiting += [Sequence(prompt, encoded) for prompt in image.prompts]
 
-    def _seat(self, admitted: list[Sequence]) -> None:
-        """Fill the lanes of sequences that were just admitted with their images' prefixes."""
+    def _fill_lanes(self, admitted: list[Sequence]) -> None:
+        """Copy the prefixes of their images into the lanes of sequences that were just admitted."""
         if not admitted:  # the next one is too long for the room that there is
             return
         scheduler = self.scheduler
@@ -1177,31 +1180,36 @@ class Extractor:
         num_longest = max(map(len, suffix_ids))
         padded = [ids + [0] * (num_longest - len(ids)) for ids in suffix_ids]
         input_ids = self._to_device(padded)  # [n, L]
-        lengths = self._to_device([len(ids) for ids in suffix_ids])  # [n]
+        last_pos = self._to_device([len(ids) - 1 for ids in suffix_ids])  # [n]
         offsets = torch.arange(num_longest, device=self.device)  # [L]
         positions = (num_prefix + offsets).expand_as(input_ids)  # [n, L]
-        lanes = [sequence.lane for sequence in sequences]
-        is_padding = offsets >= lengths[:, None]  # [n, L]
-        with capture_states(self.model, self.layers, lengths - 1, is_padding) as states:
-            hidden_states = self._forward(lanes, input_ids, positions, num_prefix + num_longest)
-        # Reading waits for the card, so the head is started before anything is read.
-        head = []
-        if self.max_new_tokens:
-            last = (lengths - 1)[:, None, None]
-            logits = self._logits(torch.take_along_dim(hidden_states, last, dim=1)[:, 0])
-            distribution = torch.distributions.Categorical(logits=logits, validate_args=False)
-            head = [*choose_tokens(logits), distribution.entropy().double()]
+        lane_ids = [sequence.lane for sequence in sequences]
+        is_padding = offsets > last_pos[:, None]  # [n, L]
+        with capture_states(self.model, self.layers, last_pos, is_padding) as states:
+            hidden_states = self._forward(lane_ids, input_ids, positions, num_prefix + num_longest)
+        if not self.max_new_tokens:
+            self._keep_states(sequences, states)
+            return [self._finish(sequence) for sequence in sequences]
+        last = torch.take_along_dim(hidden_states, last_pos[:, None, None], dim=1)  # [n, 1, D]
+        logits = self._logits(last[:, 0])
+        chosen = choose_tokens(logits)
+        first_token = torch.distributions.Categorical(logits=logits, validate_args=False)
+        entropy = first_token.entropy().double()
+        # Reading waits for the card, so nothing is read before all has been started.
+        self._keep_states(sequences, states)
+        tokens, logprobs, entropies = to_numpy([*chosen, entropy]).T.tolist()
+        for sequence, entropy in zip(sequences, entropies, strict=True):
+            sequence.first_token_entropy = entropy
+        return self._add_tokens(sequences, tokens, logprobs)
+
+    @staticmethod
+    def _keep_states(sequences: list[Sequence], states: CapturedStates) -> None:
+        """Read what the hooks saw of the prompts' ends."""
         query_tokens = to_numpy(states.kept_tokens)  # [n, layers, D]
         suffix_sums = to_numpy(states.token_sums)  # [n, layers, D]
         for i, sequence in enumerate(sequences):
             sequence.query_token = query_tokens[i]
             sequence.suffix_sum = suffix_sums[i]
-        if not head:
-            return [self._finish(sequence) for sequence in sequences]
-        tokens, logprobs, entropies = to_numpy(head).T.tolist()
-        for sequence, entropy in zip(sequences, entropies, strict=True):
-            sequence.first_token_entropy = entropy
-        return self._add_tokens(sequences, tokens, logprobs)
 
     def decode(self) -> list[Outcome]:
         """The next token of all running sequences."""
@@ -1213,9 +1221,9 @@ class Extractor:
                 last_ids[lane] = sequence.generated_ids[-1]
                 num_tokens = len(sequence.prompt.input_ids) + len(sequence.generated_ids)
                 positions[lane] = num_tokens - 1
-        inputs = self._to_device([last_ids, positions])[:, :, None]  # [2, n, 1]
-        lanes = list(range(len(running)))
-        hidden_states = self._forward(lanes, inputs[0], inputs[1], max(positions) + 1)  # [n, 1, D]
+        both = self._to_device([last_ids, positions])[:, :, None]  # [2, n, 1], in one copy
+        lane_ids = list(range(len(running)))
+        hidden_states = self._forward(lane_ids, both[0], both[1], max(positions) + 1)  # [n, 1, D]
         chosen = choose_tokens(self._logits(hidden_states[:, 0]))
         tokens, logprobs = to_numpy(chosen).T.tolist()
         return self._add_tokens(running, tokens, logprobs)
@@ -1224,17 +1232,17 @@ class Extractor:
         return torch.tensor(values).to(self.device, non_blocking=True)
 
     def _forward(
-        self, lanes: list[int], input_ids: Tensor, positions: Tensor, num_slots: int
+        self, lane_ids: list[int], input_ids: Tensor, positions: Tensor, num_used: int
     ) -> Tensor:
-        """Run tokens [n, L] in n lanes, whose first `num_slots` are in use; hidden [n, L, D]."""
-        aligned = math.ceil(num_slots / 8) * 8  # for attention's kernels
-        num_slots = min(aligned, self.lanes.num_slots)
+        """Run tokens [n, L] in n lanes with `num_used` slots in use; returns hidden [n, L, D]."""
+        aligned = math.ceil(num_used / 8) * 8  # for attention's kernels
+        num_used = min(aligned, self.lanes.num_slots)
         window = self.model.config.text_config.sliding_window
         output = self.model.model.language_model(
             input_ids=input_ids,
-            attention_mask=causal_masks(positions, num_slots, window, self.model.dtype),
+            attention_mask=causal_masks(positions, num_used, window, self.model.dtype),
             position_ids=positions,
-            past_key_values=LaneCache(self.lanes, lanes, positions, num_slots),
+            past_key_values=LaneCache(self.lanes, lane_ids, positions, num_used),
         )
         return output.last_hidden_state
 
@@ -1258,6 +1266,7 @@ class Extractor:
             sequence.logprobs.append(logprob)
             has_ended = self.has_ended(sequence)
             is_at_limit = len(sequence.generated_ids) == self.max_new_tokens
+            # After NaN nothing sensible comes: `_finish` makes a failure of it.
             if has_ended or is_at_limit or not math.isfinite(logprob):
                 sequence.is_truncated = not has_ended
                 outcomes.append(self._finish(sequence))

@@ -171,10 +171,12 @@ def test_all_visible_cards_are_used_when_asked(monkeypatch, large, caplog):
     assert script.list_cards(torch.device("cpu"), "auto") == []
 
 
-def test_a_device_without_cards_is_left_to_accelerate(large):
+def test_on_a_cpu_no_card_is_used(large, monkeypatch):
+    """Nor if there are some: accelerate would spread the model over them."""
+    monkeypatch.setattr(script, "get_max_memory", lambda: {0: 5, "cpu": 99})
     cpu = torch.device("cpu")
     assert script.place_weights(large.config, torch.float32, cpu, None) == ({"": cpu}, None)
-    assert script.place_weights(large.config, torch.float32, cpu, "auto") == ("auto", None)
+    assert script.place_weights(large.config, torch.float32, cpu, "auto") == ("auto", {"cpu": 99})
 
 
 @pytest.mark.parametrize(

@@ -392,7 +392,7 @@ def test_nan_stays_in_its_own_lane(ours, prompter, references, monkeypatch, is_l
         monkeypatch.setattr(script.Lanes, "fill", leave_what_was(script.Lanes.fill))
     rows = make_rows()
     rows = [rows[16], rows[18], rows[17], *rows[:16]]  # the longest first, one an image
-    images = list(read_all(prompter, rows))
+    images = [image for row in rows for image in read_all(prompter, [row])]
     images[2].pixel_values.fill_(math.nan)
     passes = make_extractor(ours, prompter, 3).run(iter(images))
     outcomes = list(itertools.chain.from_iterable(passes))

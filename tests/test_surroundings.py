@@ -119,7 +119,7 @@ def test_messages_name_what_they_read(run_here, monkeypatch):
     monkeypatch.setenv("SLURM_LOCALID", "3")
     monkeypatch.setenv("RANK", "2")
     _, stderr = run_here("--device", "cuda", rows=ROWS)
-    assert "RANK 2: --device cuda:0, by SLURM_LOCALID=3 with 1 visible:" in stderr
+    assert "RANK 2: --device cuda:0, by SLURM_LOCALID=3 with 0 visible:" in stderr
 
 
 @pytest.mark.parametrize("has_launcher", [False, True])
