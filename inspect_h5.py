@@ -7,15 +7,19 @@
     python inspect_h5.py output --export layer_24.npz --layer 24
     python inspect_h5.py output --plot pca.png --color-by labels.csv:hallucinated
     python inspect_h5.py output --probe answer_is_wrong --by vqa.csv:benchmark --plot auroc.png
+    python inspect_h5.py output --page review.html --images-dir images --label answer_is_wrong
 
 Samples stand in the plan's order. Exit status: 0 all is well, 1 something is wrong and one line
 says what (--verify: one line a finding), 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 import argparse
+import base64
 import csv
 import dataclasses
 import difflib
+import hashlib
+import io
 import itertools
 import json
 import os
@@ -34,6 +38,7 @@ from urllib.parse import unquote
 import h5py
 import numpy as np
 import pandas as pd
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 VISION, LINK = "vision_representation", "vision_only_representation"
@@ -940,6 +945,172 @@ def plot_probe(path: Path, facts: dict) -> None:
     figure.savefig(path, dpi=150)
 
 
+# ──────────────────────────────────────────── page ─────────────────────────────────────────────
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Answers and pictures</title>
+<meta name="viewport" content="width=device-width"><meta http-equiv="Content-Security-Policy"
+content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{hash}'">
+<style>{style}</style><header></header><nav><label>Search <input type="search" id="search"></label>
+<label>Show <select id="show"><option>all<option>wrong<option>right<option>unclear<option value="">
+unlabelled<option>changed</select></label> <label>Sort <select id="sort"><option value="">as planned
+</select></label> <label><input type="checkbox" id="down" checked> high first</label></nav>
+<main></main><footer><a id="download" download="labels.csv" href="#">Download labels</a>
+<output></output> <small>Keys: 1 2 3 label, j ↓ next, k ↑ back</small></footer><template id="group">
+<section><img decoding="async"><div></div></section></template><template id="card">
+<article tabindex="-1"><dl><dt>question<dd dir="auto"></dd><dt>truth<dd dir="auto"></dd><dt>answer
+<dd dir="auto"></dl><small dir="auto"></small><p><button value="right">1 right</button> <button
+value="wrong">2 wrong</button> <button value="unclear">3 unclear</button></p></article></template>
+<script type="application/json">{run}</script><script>{script}</script>"""
+PAGE_STYLE = """
+:root { color-scheme: light dark; font: 1rem/1.4 system-ui, sans-serif; overflow-wrap: anywhere; }
+* { box-sizing: border-box; font: inherit; margin: 0; max-width: 100%; }
+header, nav, main, footer { padding: .5rem max(.7rem, 50vw - 38rem); }
+header, dd { white-space: pre-wrap; max-height: 14rem; overflow: auto; }
+nav, section { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: start; }
+section { padding: .5rem 0; content-visibility: auto; contain-intrinsic-size: auto 22rem; }
+section div { flex: 3 1 20rem; } article { scroll-margin: 1rem 0 5rem; }
+img { flex: 1 1 18rem; min-width: 0; max-width: 24rem; max-height: 40vh; object-fit: contain; }
+img { position: sticky; top: 0; background: Canvas; }
+img:not([src]) { background: #8886; padding: 3rem 1rem; }
+article { padding: .5rem .7rem; margin: 0 0 .6rem; border-left: .5rem solid var(--label, #8886); }
+article:focus-within, :focus-visible { outline: 3px solid; outline-offset: -3px; }
+dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .2rem .6rem; }
+dt, small, nav, footer { font-size: .85rem; } button, input, select { padding: .3rem .6rem; }
+[data-label=right] { --label: #1a73b8; } [data-label=wrong] { --label: #b85400; }
+[aria-pressed=true] { background: var(--label, #666); color: #fff; font-weight: bold; }
+footer { position: sticky; bottom: 0; background: Canvas; border-top: 1px solid; }"""
+PAGE_SCRIPT = r"""
+const find = (selector) => document.querySelector(selector);
+const { about, images, runKey, samples } = JSON.parse(find("script").textContent);
+const steps = { j: 1, ArrowDown: 1, ArrowRight: 1, k: -1, ArrowUp: -1, ArrowLeft: -1 };
+let shown = samples;  // in the order of the page
+let current;  // the sample that had the focus last
+function keep(change) {  // in the browser, where another tab may have kept labels, too
+  const kept = { ...JSON.parse(localStorage.getItem(runKey)), ...change };
+  localStorage.setItem(runKey, JSON.stringify(kept));
+  for (const sample of samples) {
+    sample.label = kept[sample.key] ?? sample.start;
+    sample.card.dataset.label = sample.label;
+    for (const button of sample.buttons) button.ariaPressed = button.value === sample.label;
+  }
+  const labelled = samples.filter((sample) => sample.label).length;
+  find("output").textContent = `${shown.length} of ${samples.length} shown, ${labelled} labelled`;
+}
+function draw() {
+  const [show, column, words] = ["show", "sort", "search"].map((id) => find(`#${id}`).value);
+  const kinds = (sample) => ["all", sample.label, sample.label === sample.start || "changed"];
+  shown = samples.filter((sample) => sample.words.includes(words.toLowerCase()));
+  shown = shown.filter((sample) => kinds(sample).includes(show));
+  const sign = find("#down").checked ? -1 : 1;
+  const rank = (sample) => sign * (sample.numbers[column] ?? sign * Infinity);  // none: last
+  shown.sort((one, other) => rank(one) - rank(other));
+  find("main").replaceChildren();
+  shown.forEach((sample, place) => {
+    if (sample.image_id !== shown[place - 1]?.image_id) {
+      find("main").append(find("#group").content.cloneNode(true));
+      Object.assign(find("main").lastChild.firstChild, images[sample.image_id]);
+    }
+    find("main").lastChild.lastChild.append(sample.card);
+  });
+  keep({});
+}
+for (const sample of samples) {
+  sample.card = find("#card").content.firstElementChild.cloneNode(true);
+  sample.buttons = sample.card.querySelectorAll("button");
+  for (const button of sample.buttons) button.onclick = () => keep({ [sample.key]: button.value });
+  sample.card.addEventListener("focusin", () => { current = sample; });
+  const numbers = Object.entries(sample.numbers).map((pair) => pair.join(" "));
+  const facts = [sample.question_id, sample.image_id, sample.length, ...numbers].join(" · ");
+  const texts = [sample.question, sample.ground_truth_answer, sample.answer, facts];
+  sample.card.querySelectorAll("[dir]").forEach((box, place) => box.append(texts[place]));
+  sample.words = texts.join("\n").toLowerCase();
+}
+window.onkeydown = (event) => {
+  const isTaken = event.target.matches(event.key.length > 1 ? "input, select, dd" : "input");
+  if (isTaken || event.ctrlKey || event.altKey || event.metaKey) return;
+  event.target.closest("article")?.querySelectorAll("button")[event.key - 1]?.click();
+  shown[shown.indexOf(current) + steps[event.key]]?.card.focus();
+  if (steps[event.key]) event.preventDefault();
+};
+find("#download").onclick = () => {
+  const quote = (text) => `"${text.replaceAll('"', '""')}"`;
+  const line = (one) => `${quote(one.question_id)},${one.label.replace("unclear", "")}\n`;
+  const file = new Blob(["question_id,label\n", ...samples.map(line)], { type: "text/csv" });
+  find("#download").href = URL.createObjectURL(file);
+};
+window.onerror = (message) => { find("header").textContent = `Labels are not kept: ${message}`; };
+for (const name of Object.keys(samples[0].numbers)) find("#sort").append(new Option(name));
+find("header").textContent = about;
+find("nav").oninput = draw;
+draw();
+shown[0]?.card.focus({ preventScroll: true });
+"""
+
+
+def choose_images(samples: Samples, max_samples: int) -> Samples:
+    """Image by image, whole images spread over the plan, so many samples in all (or one image)."""
+    image_ids = pd.Series(list(each(samples, read, "image_id")))
+    chosen = []
+    for _, group in image_ids.groupby(image_ids, sort=False):
+        num_passed = group.index[-1] + 1  # the chosen have the same share of all that may be
+        if not chosen or (len(chosen) + len(group)) * len(samples) <= max_samples * num_passed:
+            chosen += list(group.index)
+    return [samples[place] for place in chosen]
+
+
+def make_thumbnail(images_dir: Path, image_id: str) -> dict[str, str]:
+    """What an <img> gets: a JPEG as a data URI, or only words that say why there is none."""
+    root = os.path.join(os.path.abspath(images_dir), "")
+    path = os.path.normpath(os.path.join(root, image_id))
+    if not path.startswith(root) or not os.path.isfile(path):
+        return {"alt": f"{image_id} is no file inside {images_dir}"}
+    file = io.BytesIO()
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (384, 384))  # a large JPEG need not be decoded whole
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # Pillow's decoders let anything through
+        return {"alt": f"{image_id} cannot be read as an image: {error}"}
+    upright.thumbnail((384, 384))
+    upright.save(file, "JPEG", quality=55)  # 500 pictures of 4:3 are below 20 MB, even if of noise
+    encoded = base64.b64encode(file.getvalue()).decode()
+    return {"alt": image_id, "src": f"data:image/jpeg;base64,{encoded}"}
+
+
+def write_page(path: Path, part: dict, samples: Samples, images_dir: Path, label: str) -> str:
+    """Write the page of these samples of a run; what it shows. `label`: LABEL, or nothing."""
+    table = read_texts(samples).assign(start="").set_index("question_id", drop=False)
+    numbers = pd.DataFrame({"first-token entropy": table.get(ENTROPY)}, table.index)
+    numbers["mean log-probability"] = table.get(LOGPROBS, pd.Series(dtype=object)).map(np.mean)
+    about = [f"{part['model_name']}, revision {part.get('model_revision')}, {part['dtype']}"]
+    if label:
+        values, classes, notes = read_labels(table, label, None)
+        table["start"] = values.map({0: "right", 1: "wrong"}).fillna("").to_numpy()
+        about += [f"labels begin as {label}, where {classes[-1]!r} counts as wrong", *notes]
+    if ":" in label:
+        others = pd.read_csv(label.rpartition(":")[0], converters={"question_id": str})
+        others = others.set_index("question_id").select_dtypes("number")
+        numbers = numbers.join(others, rsuffix=" of the CSV")
+    table["numbers"] = json.loads(numbers.to_json(orient="records", double_precision=3))
+    table["length"] = np.where(table["answer_truncated"], "ANSWER CUT", "answer whole")
+    table["key"] = pd.util.hash_pandas_object(table[["question_id", *TEXTS]], index=False).map(str)
+    image_ids = tqdm(table["image_id"].unique(), unit="image", disable=None)
+    images = {image_id: make_thumbnail(images_dir, image_id) for image_id in image_ids}
+    num_missing = sum("src" not in image for image in images.values())
+    about.append(f"{len(table):,} samples; {len(images):,} images, {num_missing:,} of them missing")
+    fixed = {name: part[name] for name in part.keys() - VARYING - {"num_samples"}}
+    run = {"about": "\n".join(about), "runKey": json.dumps([label, fixed], sort_keys=True)}
+    columns = ["key", "question_id", *TEXTS, "start", "length", "numbers"]
+    run |= {"images": images, "samples": table[columns].to_dict("records")}
+    # No text may end the <script> that it stands in.
+    packed = re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", json.dumps(run))
+    digest = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
+    page = PAGE.format(hash=digest, style=PAGE_STYLE, run=packed, script=PAGE_SCRIPT)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(page, encoding="utf-8", newline="")
+    os.replace(partial, path)
+    return f"{path}: {about[-1]}"
+
+
 # ───────────────────────────────────────── command line ────────────────────────────────────────
 MODE_FLAGS = {  # which flags go with what is to be done
     "view": {"question_id", "max_samples", "all", "json", "representation", "layer"},
@@ -947,6 +1118,7 @@ MODE_FLAGS = {  # which flags go with what is to be done
     "export": {"representation", "layer"},
     "plot": {"representation", "layer", "color_by"},
     "probe": {"representation", "layer", "above", "by", "probe_model", "json", "plot"},
+    "page": {"images_dir", "label", "max_samples", "question_id"},
 }
 
 
@@ -961,7 +1133,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[str, argparse.Namespace]:
     add("--export", type=Path, metavar="FILE", help=".npz")
     add("--plot", type=Path, metavar="FILE", help=".png, .pdf or .svg")
     add("--probe", metavar="LABEL", help=f"AUROC of CSV:COLUMN, or of {ANSWER_IS_WRONG}")
-    add("--max-samples", type=int, default=3, metavar="N", help="view: samples to show (3)")
+    add("--page", type=Path, metavar="FILE", help=".html: answers beside their pictures, to label")
+    add("--images-dir", type=Path, metavar="DIR", help="page: where the pictures are")
+    add("--label", default="", metavar="LABEL", help="page: labels to begin with, as of --probe")
+    add("--max-samples", type=int, metavar="N", help="samples to show (view: 3, page: 1,000)")
     add("--all", action="store_true", help="view: figures of all samples, not of 1,000")
     add("--json", action="store_true", help="view, probe: the same for programs")
     add("--vqa-dataset", type=Path, metavar="CSV", help="verify: compare with this table")
@@ -973,14 +1148,22 @@ def parse_arguments(argv: list[str] | None) -> tuple[str, argparse.Namespace]:
     add("--probe-model", choices=PROBES, default="linear", help="probe: linear, or HALP's mlp")
     args = parser.parse_args(argv)
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    mode = next((name for name in ("verify", "export", "probe", "plot") if name in given), "view")
+    modes = ("verify", "export", "probe", "page", "plot")
+    mode = next((name for name in modes if name in given), "view")
     for name in sorted(given - MODE_FLAGS[mode] - {mode, "paths"}):
         parser.error(f"--{name.replace('_', '-')} does not go with {mode}")
-    for path, suffixes in ((args.export, ".npz"), (args.plot, ".png .pdf .svg")):
+    for path, suffixes in (
+        (args.export, ".npz"),
+        (args.plot, ".png .pdf .svg"),
+        (args.page, ".html .htm"),
+    ):
         if path and path.suffix not in suffixes.split():
             parser.error(f"{path}: the name must end in one of {suffixes}")
-    if args.probe and args.probe != ANSWER_IS_WRONG and ":" not in args.probe:
-        parser.error(f"--probe: LABEL is CSV:COLUMN or {ANSWER_IS_WRONG}, not {args.probe}")
+    for flag, label in (("--probe", args.probe), ("--label", args.label)):
+        if label and label != ANSWER_IS_WRONG and ":" not in label:
+            parser.error(f"{flag}: LABEL is CSV:COLUMN or {ANSWER_IS_WRONG}, not {label}")
+    if args.page and not args.images_dir:
+        parser.error("--page: it needs --images-dir")
     if args.above is not None and args.probe == ANSWER_IS_WRONG:
         parser.error("--above is for the numbers of a CSV")
     return mode, args
@@ -1009,11 +1192,20 @@ def run(mode: str, args: argparse.Namespace) -> tuple[int, Iterable[str]]:
         if args.plot:
             plot_probe(args.plot, facts)
         return 0, [json.dumps(facts, indent=1)] if args.json else show_probe(facts)
+    if mode == "page":
+        max_samples = 1000 if args.max_samples is None else args.max_samples
+        if args.question_id:
+            samples = find_samples(samples, args.question_id)
+            max_samples = len(samples)
+        part = next(iter(parts.values()))
+        chosen = choose_images(samples, max_samples)
+        return 0, [write_page(args.page, part, chosen, args.images_dir, args.label)]
     order = np.random.default_rng(0).permutation(len(samples))
     drawn = [samples[place] for place in sorted(order[: None if args.all else NUM_DRAWN])]
     if mode == "plot":
         return 0, plot(args.plot, drawn, len(samples), vectors, args.color_by or TEXTS[-1])
-    shown = samples[: max(args.max_samples, 0)]
+    max_samples = 3 if args.max_samples is None else max(args.max_samples, 0)
+    shown = samples[:max_samples]
     if args.question_id:
         drawn = shown = find_samples(samples, args.question_id)
     facts = describe(parts, samples, drawn, vectors)
