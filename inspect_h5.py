@@ -960,17 +960,15 @@ unlabelled<option>changed</select></label> <label>Sort <select id="sort"><option
 <dd dir="auto"></dl><small dir="auto"></small><p><button value="right">1 right</button> <button
 value="wrong">2 wrong</button> <button value="unclear">3 unclear</button></p></article></template>
 <script type="application/json">{run}</script><script>{script}</script>"""
-PAGE_STYLE = """
+PAGE_STYLE = """header, nav, main, footer { padding: .5rem max(.7rem, 50vw - 38rem); }
+* { box-sizing: border-box; font: inherit; margin: 0; max-width: 100%; scroll-margin: 5rem; }
 :root { color-scheme: light dark; font: 1rem/1.4 system-ui, sans-serif; overflow-wrap: anywhere; }
-* { box-sizing: border-box; font: inherit; margin: 0; max-width: 100%; }
-header, nav, main, footer { padding: .5rem max(.7rem, 50vw - 38rem); }
 header, dd { white-space: pre-wrap; max-height: 14rem; overflow: auto; }
-nav, section { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: start; }
+nav, footer, section { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: start; }
 section { padding: .5rem 0; content-visibility: auto; contain-intrinsic-size: auto 22rem; }
-section div { flex: 3 1 20rem; } article { scroll-margin: 1rem 0 5rem; }
 img { flex: 1 1 18rem; min-width: 0; max-width: 24rem; max-height: 40vh; object-fit: contain; }
 img { position: sticky; top: 0; background: Canvas; }
-img:not([src]) { background: #8886; padding: 3rem 1rem; }
+img:not([src]) { background: #8886; padding: 3rem 1rem; } section div { flex: 3 1 20rem; }
 article { padding: .5rem .7rem; margin: 0 0 .6rem; border-left: .5rem solid var(--label, #8886); }
 article:focus-within, :focus-visible { outline: 3px solid; outline-offset: -3px; }
 dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .2rem .6rem; }
@@ -978,18 +976,16 @@ dt, small, nav, footer { font-size: .85rem; } button, input, select { padding: .
 [data-label=right] { --label: #1a73b8; } [data-label=wrong] { --label: #b85400; }
 [aria-pressed=true] { background: var(--label, #666); color: #fff; font-weight: bold; }
 footer { position: sticky; bottom: 0; background: Canvas; border-top: 1px solid; }"""
-PAGE_SCRIPT = r"""
-const find = (selector) => document.querySelector(selector);
-const { about, images, runKey, samples } = JSON.parse(find("script").textContent);
+PAGE_SCRIPT = r"""const find = (selector) => document.querySelector(selector);
+const { about, images, key, samples } = JSON.parse(find("script").textContent);
 const steps = { j: 1, ArrowDown: 1, ArrowRight: 1, k: -1, ArrowUp: -1, ArrowLeft: -1 };
 let shown = samples;  // in the order of the page
 let current;  // the sample that had the focus last
 function keep(change) {  // in the browser, where another tab may have kept labels, too
-  const kept = { ...JSON.parse(localStorage.getItem(runKey)), ...change };
-  localStorage.setItem(runKey, JSON.stringify(kept));
+  const kept = { ...JSON.parse(localStorage.getItem(key)), ...change };
+  localStorage.setItem(key, JSON.stringify(kept));
   for (const sample of samples) {
-    sample.label = kept[sample.key] ?? sample.start;
-    sample.card.dataset.label = sample.label;
+    sample.label = sample.card.dataset.label = kept[sample.key] ?? sample.start;
     for (const button of sample.buttons) button.ariaPressed = button.value === sample.label;
   }
   const labelled = samples.filter((sample) => sample.label).length;
@@ -1019,7 +1015,7 @@ for (const sample of samples) {
   for (const button of sample.buttons) button.onclick = () => keep({ [sample.key]: button.value });
   sample.card.addEventListener("focusin", () => { current = sample; });
   const numbers = Object.entries(sample.numbers).map((pair) => pair.join(" "));
-  const facts = [sample.question_id, sample.image_id, sample.length, ...numbers].join(" · ");
+  const facts = [sample.question_id, sample.image_id, sample.cut, ...numbers].join(" · ");
   const texts = [sample.question, sample.ground_truth_answer, sample.answer, facts];
   sample.card.querySelectorAll("[dir]").forEach((box, place) => box.append(texts[place]));
   sample.words = texts.join("\n").toLowerCase();
@@ -1038,12 +1034,11 @@ find("#download").onclick = () => {
   find("#download").href = URL.createObjectURL(file);
 };
 window.onerror = (message) => { find("header").textContent = `Labels are not kept: ${message}`; };
-for (const name of Object.keys(samples[0].numbers)) find("#sort").append(new Option(name));
+for (const name of Object.keys(samples[0]?.numbers ?? {})) find("#sort").append(new Option(name));
 find("header").textContent = about;
-find("nav").oninput = draw;
+find("nav").oninput = find("nav").onchange = draw;
 draw();
-shown[0]?.card.focus({ preventScroll: true });
-"""
+shown[0]?.card.focus({ preventScroll: true });"""
 
 
 def choose_images(samples: Samples, max_samples: int) -> Samples:
@@ -1066,7 +1061,7 @@ def make_thumbnail(images_dir: Path, image_id: str) -> dict[str, str]:
     file = io.BytesIO()
     try:
         with Image.open(path) as image:
-            image.draft("RGB", (384, 384))  # a large JPEG need not be decoded whole
+            image.draft("RGB", (384, 384))  # a large JPEG is decoded at a fraction of its size
             upright = ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow's decoders let anything through
         return {"alt": f"{image_id} cannot be read as an image: {error}"}
@@ -1078,31 +1073,32 @@ def make_thumbnail(images_dir: Path, image_id: str) -> dict[str, str]:
 
 def write_page(path: Path, part: dict, samples: Samples, images_dir: Path, label: str) -> str:
     """Write the page of these samples of a run; what it shows. `label`: LABEL, or nothing."""
-    table = read_texts(samples).assign(start="").set_index("question_id", drop=False)
+    table = read_texts(samples).set_index("question_id", drop=False)
+    cards = table[["question_id", *TEXTS]].assign(start="")
+    cards["key"] = pd.util.hash_pandas_object(cards, index=False).map(str)
+    cards["cut"] = np.where(table["answer_truncated"], "ANSWER CUT", "answer whole")
     numbers = pd.DataFrame({"first-token entropy": table.get(ENTROPY)}, table.index)
     numbers["mean log-probability"] = table.get(LOGPROBS, pd.Series(dtype=object)).map(np.mean)
     about = [f"{part['model_name']}, revision {part.get('model_revision')}, {part['dtype']}"]
     if label:
         values, classes, notes = read_labels(table, label, None)
-        table["start"] = values.map({0: "right", 1: "wrong"}).fillna("").to_numpy()
-        about += [f"labels begin as {label}, where {classes[-1]!r} counts as wrong", *notes]
+        values -= classes in (["right"], ["0"])  # where that is all, nothing is wrong yet
+        cards["start"] = values.map({0: "right", 1: "wrong"}).fillna("").to_numpy()
+        about += [f"labels begin as {label}; right and wrong there: {', '.join(classes)}", *notes]
     if ":" in label:
-        others = pd.read_csv(label.rpartition(":")[0], converters={"question_id": str})
-        others = others.set_index("question_id").select_dtypes("number")
-        numbers = numbers.join(others, rsuffix=" of the CSV")
-    table["numbers"] = json.loads(numbers.to_json(orient="records", double_precision=3))
-    table["length"] = np.where(table["answer_truncated"], "ANSWER CUT", "answer whole")
-    table["key"] = pd.util.hash_pandas_object(table[["question_id", *TEXTS]], index=False).map(str)
+        others = pd.read_csv(label.rpartition(":")[0], dtype=str, keep_default_na=False)
+        others = others.set_index("question_id").apply(pd.to_numeric, errors="coerce")
+        others = others.dropna(axis=1, how="all").drop(columns=TEXTS, errors="ignore")
+        numbers = numbers.join(others.add_suffix(" (CSV)"))
+    cards["numbers"] = json.loads(numbers.to_json(orient="records", double_precision=3))
     image_ids = tqdm(table["image_id"].unique(), unit="image", disable=None)
     images = {image_id: make_thumbnail(images_dir, image_id) for image_id in image_ids}
     num_missing = sum("src" not in image for image in images.values())
     about.append(f"{len(table):,} samples; {len(images):,} images, {num_missing:,} of them missing")
-    fixed = {name: part[name] for name in part.keys() - VARYING - {"num_samples"}}
-    run = {"about": "\n".join(about), "runKey": json.dumps([label, fixed], sort_keys=True)}
-    columns = ["key", "question_id", *TEXTS, "start", "length", "numbers"]
-    run |= {"images": images, "samples": table[columns].to_dict("records")}
-    # No text may end the <script> that it stands in.
-    packed = re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", json.dumps(run))
+    key = [label, *(part[name] for name in sorted(part.keys() - VARYING - {"num_samples"}))]
+    run = {"about": "\n".join(about), "key": str(key), "images": images}
+    run["samples"] = cards.to_dict("records")
+    packed = re.sub("[<>&]", lambda sign: f"\\u{ord(sign[0]):04x}", json.dumps(run))  # no markup
     digest = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
     page = PAGE.format(hash=digest, style=PAGE_STYLE, run=packed, script=PAGE_SCRIPT)
     partial = path.with_name(f"{path.name}.partial")
