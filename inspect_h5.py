@@ -1046,7 +1046,7 @@ def choose_images(samples: Samples, max_samples: int) -> Samples:
     image_ids = pd.Series(list(each(samples, read, "image_id")))
     chosen = []
     for _, group in image_ids.groupby(image_ids, sort=False):
-        num_passed = group.index[-1] + 1  # the chosen have the same share of all that may be
+        num_passed = group.index[0] + len(group)  # of the plan; the chosen have the same share
         if not chosen or (len(chosen) + len(group)) * len(samples) <= max_samples * num_passed:
             chosen += list(group.index)
     return [samples[place] for place in chosen]
