@@ -961,19 +961,18 @@ unlabelled<option>changed</select></label> <label>Sort <select id="sort"><option
 value="wrong">2 wrong</button> <button value="unclear">3 unclear</button></p></article></template>
 <script type="application/json">{run}</script><script>{script}</script>"""
 PAGE_STYLE = """header, nav, main, footer { padding: .5rem max(.7rem, 50vw - 38rem); }
-* { box-sizing: border-box; font: inherit; margin: 0; max-width: 100%; scroll-margin: 5rem; }
+:not(small) { font: inherit; margin: 0; max-width: 100%; scroll-margin: 6rem; }
 :root { color-scheme: light dark; font: 1rem/1.4 system-ui, sans-serif; overflow-wrap: anywhere; }
 header, dd { white-space: pre-wrap; max-height: 14rem; overflow: auto; }
 nav, footer, section { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: start; }
 section { padding: .5rem 0; content-visibility: auto; contain-intrinsic-size: auto 22rem; }
 img { flex: 1 1 18rem; min-width: 0; max-width: 24rem; max-height: 40vh; object-fit: contain; }
-img { position: sticky; top: 0; background: Canvas; }
+img { position: sticky; top: 0; background: Canvas; } button, input, select { padding: .3em .6em; }
 img:not([src]) { background: #8886; padding: 3rem 1rem; } section div { flex: 3 1 20rem; }
 article { padding: .5rem .7rem; margin: 0 0 .6rem; border-left: .5rem solid var(--label, #8886); }
 article:focus-within, :focus-visible { outline: 3px solid; outline-offset: -3px; }
 dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .2rem .6rem; }
-dt, small, nav, footer { font-size: .85rem; } button, input, select { padding: .3rem .6rem; }
-[data-label=right] { --label: #1a73b8; } [data-label=wrong] { --label: #b85400; }
+[data-label=right] { --label: #1a73b8; } [data-label=wrong] { --label: #b85400; } dt { opacity: .7; }
 [aria-pressed=true] { background: var(--label, #666); color: #fff; font-weight: bold; }
 footer { position: sticky; bottom: 0; background: Canvas; border-top: 1px solid; }"""
 PAGE_SCRIPT = r"""const find = (selector) => document.querySelector(selector);
@@ -1021,7 +1020,7 @@ for (const sample of samples) {
   sample.words = texts.join("\n").toLowerCase();
 }
 window.onkeydown = (event) => {
-  const isTaken = event.target.matches(event.key.length > 1 ? "input, select, dd" : "input");
+  const isTaken = event.target.matches(event.key.length > 1 ? "input, select, dd" : "#search");
   if (isTaken || event.ctrlKey || event.altKey || event.metaKey) return;
   event.target.closest("article")?.querySelectorAll("button")[event.key - 1]?.click();
   shown[shown.indexOf(current) + steps[event.key]]?.card.focus();
@@ -1045,8 +1044,9 @@ def choose_images(samples: Samples, max_samples: int) -> Samples:
     """Image by image, whole images spread over the plan, so many samples in all (or one image)."""
     image_ids = pd.Series(list(each(samples, read, "image_id")))
     chosen = []
+    num_passed = 0
     for _, group in image_ids.groupby(image_ids, sort=False):
-        num_passed = group.index[0] + len(group)  # of the plan; the chosen have the same share
+        num_passed += len(group)  # of all; those chosen may not be ahead of their share
         if not chosen or (len(chosen) + len(group)) * len(samples) <= max_samples * num_passed:
             chosen += list(group.index)
     return [samples[place] for place in chosen]
