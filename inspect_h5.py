@@ -972,7 +972,7 @@ img:not([src]) { background: #8886; padding: 3rem 1rem; } section div { flex: 3 
 article { padding: .5rem .7rem; margin: 0 0 .6rem; border-left: .5rem solid var(--label, #8886); }
 article:focus-within, :focus-visible { outline: 3px solid; outline-offset: -3px; }
 dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .2rem .6rem; }
-[data-label=right] { --label: #1a73b8; } [data-label=wrong] { --label: #b85400; } dt { opacity: .7; }
+[data-label=right] { --label: #17b; } [data-label=wrong] { --label: #b85400; } dt { opacity: .7; }
 [aria-pressed=true] { background: var(--label, #666); color: #fff; font-weight: bold; }
 footer { position: sticky; bottom: 0; background: Canvas; border-top: 1px solid; }"""
 PAGE_SCRIPT = r"""const find = (selector) => document.querySelector(selector);
