@@ -1148,18 +1148,17 @@ def parse_arguments(argv: list[str] | None) -> tuple[str, argparse.Namespace]:
     mode = next((name for name in modes if name in given), "view")
     for name in sorted(given - MODE_FLAGS[mode] - {mode, "paths"}):
         parser.error(f"--{name.replace('_', '-')} does not go with {mode}")
-    for path, suffixes in (
-        (args.export, ".npz"),
-        (args.plot, ".png .pdf .svg"),
-        (args.page, ".html .htm"),
-    ):
+    if mode == "page" and not args.images_dir:
+        parser.error("--page: it needs --images-dir")
+    if args.max_samples is None:
+        args.max_samples = 1000 if mode == "page" else 3
+    page = (args.page, ".html .htm")
+    for path, suffixes in ((args.export, ".npz"), (args.plot, ".png .pdf .svg"), page):
         if path and path.suffix not in suffixes.split():
             parser.error(f"{path}: the name must end in one of {suffixes}")
     for flag, label in (("--probe", args.probe), ("--label", args.label)):
         if label and label != ANSWER_IS_WRONG and ":" not in label:
             parser.error(f"{flag}: LABEL is CSV:COLUMN or {ANSWER_IS_WRONG}, not {label}")
-    if args.page and not args.images_dir:
-        parser.error("--page: it needs --images-dir")
     if args.above is not None and args.probe == ANSWER_IS_WRONG:
         parser.error("--above is for the numbers of a CSV")
     return mode, args
@@ -1173,6 +1172,17 @@ def find_samples(samples: Samples, question_ids: list[str]) -> Samples:
             near = difflib.get_close_matches(question_id, by_id, cutoff=0)
             raise ValueError(f"no question_id {question_id!r}; near it: {near}")
     return [by_id[question_id] for question_id in dict.fromkeys(question_ids)]
+
+
+def run_page(args: argparse.Namespace, parts: dict[Path, dict], samples: Samples) -> str:
+    """Write the page of --page, about the samples that are asked for; what it shows."""
+    max_samples = args.max_samples
+    if args.question_id:
+        samples = find_samples(samples, args.question_id)
+        max_samples = len(samples)
+    chosen = choose_images(samples, max_samples)
+    part = next(iter(parts.values()))
+    return write_page(args.page, part, chosen, args.images_dir, args.label)
 
 
 def run(mode: str, args: argparse.Namespace) -> tuple[int, Iterable[str]]:
@@ -1189,19 +1199,12 @@ def run(mode: str, args: argparse.Namespace) -> tuple[int, Iterable[str]]:
             plot_probe(args.plot, facts)
         return 0, [json.dumps(facts, indent=1)] if args.json else show_probe(facts)
     if mode == "page":
-        max_samples = 1000 if args.max_samples is None else args.max_samples
-        if args.question_id:
-            samples = find_samples(samples, args.question_id)
-            max_samples = len(samples)
-        part = next(iter(parts.values()))
-        chosen = choose_images(samples, max_samples)
-        return 0, [write_page(args.page, part, chosen, args.images_dir, args.label)]
+        return 0, [run_page(args, parts, samples)]
     order = np.random.default_rng(0).permutation(len(samples))
     drawn = [samples[place] for place in sorted(order[: None if args.all else NUM_DRAWN])]
     if mode == "plot":
         return 0, plot(args.plot, drawn, len(samples), vectors, args.color_by or TEXTS[-1])
-    max_samples = 3 if args.max_samples is None else max(args.max_samples, 0)
-    shown = samples[:max_samples]
+    shown = samples[: max(args.max_samples, 0)]
     if args.question_id:
         drawn = shown = find_samples(samples, args.question_id)
     facts = describe(parts, samples, drawn, vectors)
