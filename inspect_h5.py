@@ -1035,7 +1035,7 @@ find("#download").onclick = () => {
 window.onerror = (message) => { find("header").textContent = `Labels are not kept: ${message}`; };
 for (const name of Object.keys(samples[0]?.numbers ?? {})) find("#sort").append(new Option(name));
 find("header").textContent = about;
-find("nav").oninput = find("nav").onchange = draw;
+find("nav").oninput = find("#show").onchange = find("#sort").onchange = draw;
 draw();
 shown[0]?.card.focus({ preventScroll: true });"""
 
@@ -1079,7 +1079,7 @@ def write_page(path: Path, part: dict, samples: Samples, images_dir: Path, label
     cards["cut"] = np.where(table["answer_truncated"], "ANSWER CUT", "answer whole")
     numbers = pd.DataFrame({"first-token entropy": table.get(ENTROPY)}, table.index)
     numbers["mean log-probability"] = table.get(LOGPROBS, pd.Series(dtype=object)).map(np.mean)
-    about = [f"{part['model_name']}, revision {part.get('model_revision')}, {part['dtype']}"]
+    about = [", ".join(str(part.get(name)) for name in ("dataset", "model_name", "model_revision"))]
     if label:
         values, classes, notes = read_labels(table, label, None)
         values -= classes in (["right"], ["0"])  # where that is all, nothing is wrong yet
