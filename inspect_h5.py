@@ -1084,7 +1084,7 @@ def write_page(path: Path, part: dict, samples: Samples, images_dir: Path, label
         values, classes, notes = read_labels(table, label, None)
         values -= classes in (["right"], ["0"])  # where that is all, nothing is wrong yet
         cards["start"] = values.map({0: "right", 1: "wrong"}).fillna("").to_numpy()
-        about += [f"labels begin as {label}; right and wrong there: {', '.join(classes)}", *notes]
+        about += [f"labels from {label}; right, wrong: {', '.join(classes)}", *notes]
     if ":" in label:
         others = pd.read_csv(label.rpartition(":")[0], dtype=str, keep_default_na=False)
         others = others.set_index("question_id").apply(pd.to_numeric, errors="coerce")

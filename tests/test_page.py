@@ -228,7 +228,7 @@ def test_labels_begin_as_the_rule_or_a_csv_says(write, output, tmp_path):
         assert by_id(path)[name]["start"] == words[mark]
         assert by_id(path)[name]["numbers"]["probability (CSV)"] == 0.5
         assert "note (CSV)" not in by_id(path)[name]["numbers"]
-    assert "right and wrong there: 0, 1" in read_page(path)["about"]
+    assert "right, wrong: 0, 1" in read_page(path)["about"]
 
 
 @pytest.mark.parametrize("word", ["right", "wrong", "0"])
