@@ -961,18 +961,18 @@ unlabelled<option>changed</select></label> <label>Sort <select id="sort"><option
 value="wrong">2 wrong</button> <button value="unclear">3 unclear</button></p></article></template>
 <script type="application/json">{run}</script><script>{script}</script>"""
 PAGE_STYLE = """header, nav, main, footer { padding: .5rem max(.7rem, 50vw - 38rem); }
-:not(small) { font: inherit; margin: 0; max-width: 100%; scroll-margin: 6rem; }
+:not(small) { font: inherit; margin: 0; max-width: 100%; scroll-margin: 42vh 0 6rem; }
 :root { color-scheme: light dark; font: 1rem/1.4 system-ui, sans-serif; overflow-wrap: anywhere; }
-header, dd { white-space: pre-wrap; max-height: 14rem; overflow: auto; }
+header, dd { white-space: pre-wrap; max-height: 14rem; overflow: auto; } div { flex: 3 1 20rem; }
 nav, footer, section { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: start; }
 section { padding: .5rem 0; content-visibility: auto; contain-intrinsic-size: auto 22rem; }
 img { flex: 1 1 18rem; min-width: 0; max-width: 24rem; max-height: 40vh; object-fit: contain; }
 img { position: sticky; top: 0; background: Canvas; } button, input, select { padding: .3em .6em; }
-img:not([src]) { background: #8886; padding: 3rem 1rem; } section div { flex: 3 1 20rem; }
+img:not([src]) { background: #8886; padding: 3rem 1rem; box-sizing: border-box; }
 article { padding: .5rem .7rem; margin: 0 0 .6rem; border-left: .5rem solid var(--label, #8886); }
 article:focus-within, :focus-visible { outline: 3px solid; outline-offset: -3px; }
 dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .2rem .6rem; }
-[data-label=right] { --label: #17b; } [data-label=wrong] { --label: #b85400; } dt { opacity: .7; }
+[data-label=right] { --label: #17b; } [data-label=wrong] { --label: #b85400; } dt { color: #777; }
 [aria-pressed=true] { background: var(--label, #666); color: #fff; font-weight: bold; }
 footer { position: sticky; bottom: 0; background: Canvas; border-top: 1px solid; }"""
 PAGE_SCRIPT = r"""const find = (selector) => document.querySelector(selector);

@@ -606,11 +606,16 @@ def test_nothing_is_cut_at_the_sides(reader, write, width):
         reader.run(f"{box}.scrollIntoView()")
         height, inner = reader.run(f"return [{box}.clientHeight, {box}.scrollHeight]")
         assert height < 300 < inner
-        reader.press(*"j" * 12)  # the marked question is where one can read it
-        top, bottom, floor = reader.run("""
-            const card = document.querySelector("article:focus-within").getBoundingClientRect();
-            return [card.top, card.bottom, find("footer").getBoundingClientRect().top]""")
-        assert (top >= 0 and bottom <= floor) or bottom - top > 800 - 100
+        for keys in ("j" * 25, "k" * 9):  # what is marked lies under neither picture nor footer
+            reader.press(*keys)
+            top, bottom, floor, right, left, under = reader.run("""
+                const marked = document.querySelector("article:focus");
+                const card = marked.getBoundingClientRect();
+                const image = marked.closest("section").querySelector("img").getBoundingClientRect();
+                const footer = document.querySelector("footer").getBoundingClientRect();
+                return [card.top, card.bottom, footer.top, image.right, card.left, image.bottom]""")
+            assert 0 <= top < bottom <= floor
+            assert right <= left or under <= top
     finally:
         reader.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
