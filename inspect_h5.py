@@ -13,6 +13,7 @@ says what (--verify: one line a finding), 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 import argparse
+import ast
 import csv
 import dataclasses
 import difflib
@@ -22,6 +23,7 @@ import os
 import re
 import signal
 import sys
+import time
 import unicodedata
 import warnings
 import zipfile
@@ -46,6 +48,7 @@ VARYING |= {"transformers_version", "device", "device_name", "cuda_version", "cu
 VARYING_ELSEWHERE = {"checkpoint_interval", "storage_dtype"}  # between directories
 UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
 NUM_DRAWN = 1000  # samples in the table and the plot
+PROGRESS_SECONDS = 60  # between lines where there is no terminal
 COLORS = "#0072B2 #E69F00 #009E73 #CC79A7 #000000 #56B4E9 #D55E00 #F0E442 #882255 #999933".split()
 
 Paths = str | Path | Iterable[str | Path]  # files; directories stand for the parts in them
@@ -502,11 +505,13 @@ def plot(path: Path, samples: Samples, total: int, vectors: Vectors, field: str)
 # ─────────────────────────────────────────── labels ────────────────────────────────────────────
 ANSWER_IS_WRONG = "answer_is_wrong"
 RULE = """\
-         wrong is an answer in which the ground truth does not stand as whole
-         words, both normalised as VQA accuracy does: case, punctuation,
-         articles, number words; numbers are compared as numbers. Where the
-         ground truth is yes or no (also spelt "n, o"), the first yes or no in
-         the answer counts; where it is one letter, the option that is named."""
+          An answer is right if it contains the ground truth as whole words
+          (case, punctuation, articles and number words as in VQA accuracy;
+          numbers as numbers). For yes, no and the letter of an option: what the
+          answer declares last ("Answer: ..."), else what it says. No label where
+          this cannot be seen. Synonyms are wrong; "not red, it is blue" is red."""
+MIN_VOTES = 3  # annotators who must have given an answer: the full vote of VQA accuracy
+NUM_EXAMPLES = 3
 UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
 UNITS = [*UNITS.split(), *"fifteen sixteen seventeen eighteen nineteen".split()]
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
@@ -517,425 +522,1075 @@ WORD = re.compile(  # a number, whose sign follows a space, or a word; "-" and "
 )
 ARTICLES = {"a", "an", "the"}
 BINARY = {"1": "yes", "0": "no", "y": "yes", "n": "no"}
-LISTED = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"|([^\s,\[\]]+)")  # an item
-SPACELESS = re.compile(  # Thai to Burmese, Khmer, kana, Han: no space between words
-    "[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]"
+TRUE_FALSE = {"true": "yes", "false": "no"}
+LISTED = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"|([^\s,\[\]()]+)")  # an item
+SEPARATOR = re.compile(  # of the answers that a truth accepts
+    r"[;|]|\s+or\s+|(?<=[^\W\d_]{2})\s*/\s*(?=[^\W\d_]{2})|\s\((?=[^()]{2})|(?<=\w)\)\s*$"
 )
-OPTIONS = (  # where an answer names its option, the surest sign first
-    r"^\W*([A-Za-z])\W*$",  # it is all
-    r"^\W*([A-Za-z])[).:\]*]",  # a) a dog
-    r"(?i:answer|option|choice)(?:\s+(?i:is|option|choice))*[\s:*(\"']+([A-Z])\b(?!['’])",
-    r"\(([A-Za-z])\)",
-    r"(?<![\w'’.])([A-Z])\W*$",  # at the end
-    r"(?<![\w'’.])([B-HJ-Zb-hj-z])(?!['’.]?\w)",  # no article, and not I
+UNCLEAR_SCRIPT = re.compile(
+    # Words of Hebrew, Arabic, Bengali and Tamil to Malayalam carry articles or particles, as
+    # Hangul's do; Thai to Burmese, Khmer, kana and Han have no spaces between words.
+    "[\u0590-\u065f\u066e-\u06ef\u06fa-\u08ff\u0980-\u09e5\u0b80-\u0d7f\u0e00-\u109f\u1100-\u11ff"
+    "\u1780-\u17ff\u3040-\u318f\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]"
+)
+DECLARED = re.compile(  # what follows is looked at without being passed, so the last one is found
+    r"(?i:\banswer)(?:\s+is\b|\W*[:：])(?=(.+))"
+    r"|(?i:<answer>)(?=(.*?)</)"
+    r"|\\boxed\{(?=(.+))"
+    r"|(?:^|\n)\s*\*\*(?=([^\n]+)\*\*\W*$)"
+)
+NAME_ENDS = r"(?![-'’.]?\w)(?=\s*(?:[^\w\s]|\n|$)|\s+(?:because|since|as|is)\b)"
+OPTION_NAMES = re.compile(  # no letter is an option that could be an article or "I"
+    rf"\A\W*([A-Za-z]){NAME_ENDS}"  # a) a dog
+    r"|(?i:\boption|\bchoice)\s+\W?([A-Za-z])\b"
+    r"|\(([A-Za-z])\)"
+    rf"|(?<![-\w'’.])([A-Z]){NAME_ENDS}"  # I would choose B because
 )
 
 
-def split_words(text: str) -> list[str]:
-    """Words as VQA accuracy compares them (Antol et al. 2015, vqaEval.py), numbers as numbers."""
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """Labels of samples, in their order."""
+
+    values: pd.Series  # float [num_samples]: 1 for the positive class, 0, or NaN for no label
+    classes: list[str]  # what 0 and 1 are called
+    notes: list[str]  # what a reader of the figures should know
+
+
+def split_words(text: str, apostrophe: str = "") -> list[str]:
+    """Words as VQA accuracy compares them (Antol et al. 2015, vqaEval.py), numbers as numbers.
+
+    `apostrophe` takes the place of apostrophes: nothing (don't is dont), or a space (l'eau is eau).
+    """
     text = re.sub("[⁰¹²³⁴-⁹]+", r" \g<0>", text)  # 10³ is not 103
     text = re.sub(r"(?<=\d)[,\xa0\u2009\u202f](?=\d{3}(?!\d))", "", text)  # 1,000 is 1000
     text = unicodedata.normalize("NFKC", text).casefold().replace("i\u0307", "i")
+    text = re.sub("['’`]", apostrophe, text)
     kept = []
     for char in text:
         category = unicodedata.category(char)
         if category == "Pd" or char == "\N{MINUS SIGN}":
             kept.append("-")
-        elif category[0] in "LMN" or char == ".":
+        elif category[0] in "LMN" or char in ".:/":
             kept.append(char)
-        elif category != "Cf" and char not in "'’":  # don't is dont
+        elif category != "Cf":
             kept.append(" ")
-    text = re.sub(r"\b(?:minus|negative)\s+(?=\.?\d)", "-", "".join(kept))
-    text = TWENTY_ONE.sub(
-        lambda match: str(sum(int(NUMBERS[word]) for word in match.groups())), text
-    )
-    return [
-        format(Decimal(number).normalize() + 0, "f") if number else NUMBERS.get(word, word)
-        for number, word in WORD.findall(text)
-    ]
+    text = "".join(kept)
+    text = re.sub(r"(?<!\d)[:/]|[:/](?!\d)", " ", text)  # 3:45 and 1/2 remain whole
+    text = re.sub(r"(?<=\d)(?=[^\W\d_])|(?<=[^\W\d_])(?=\d)", " ", text)  # 5cm is 5 cm
+    text = re.sub(r"\b(?:minus|negative)\s+(?=\.?\d)", "-", text)
+    text = TWENTY_ONE.sub(lambda match: str(int(NUMBERS[match[1]]) + int(NUMBERS[match[2]])), text)
+    words = []
+    for number, word in WORD.findall(text):
+        if number:
+            words.append(format(Decimal(number).normalize() + 0, "f"))
+        else:
+            words.append(NUMBERS.get(word, word))
+    return words
 
 
-def is_wrong(answer: str, truth: str) -> bool | None:
-    """The rule of `answer_is_wrong`; None where it cannot tell."""
-    if letter := re.fullmatch(r"\W*([A-Za-z])\W*", truth):
-        named = filter(None, (re.search(pattern, answer) for pattern in OPTIONS))
-        return next((match[1].upper() for match in named), None) != letter[1].upper()
-    said, meant = split_words(answer), split_words(truth)
+def find_declared(answer: str) -> str:
+    """What the answer declares last, as in "The answer is B"; empty if it declares nothing."""
+    found = ""
+    for match in DECLARED.finditer(answer):
+        found = match[match.lastindex]
+    return found
+
+
+def judge_option(answer: str, letter: str) -> bool | str:
+    """Whether the answer names this option, a letter; or why it cannot be seen."""
+    for text in (find_declared(answer), answer):
+        named = [match[match.lastindex].upper() for match in OPTION_NAMES.finditer(text)]
+        if named and (len(set(named)) == 1 or re.match(rf"\W*{named[0]}{NAME_ENDS}", text)):
+            return named[0] == letter.upper()
+    return "name no option, or several, where the truth is a letter"
+
+
+def judge_binary(answer: str, truth: str) -> bool | str:
+    """Whether the answer says yes or no as the truth does; or why it cannot be seen."""
+    for text in (find_declared(answer), answer):
+        words = [TRUE_FALSE.get(word, word) for word in split_words(text)]
+        said = [word for word in words if word in ("yes", "no")]
+        if said:
+            return said[0] == truth
+    return "declare neither yes nor no"
+
+
+def has_words(answer: str, truth: str, apostrophe: str) -> bool:
+    """Whether the truth's words are in the answer, side by side."""
+    said = split_words(answer, apostrophe)
+    meant = split_words(truth, apostrophe)
     if not ARTICLES.issuperset(meant):  # one that is the whole truth is no article
-        said, meant = ([word for word in one if word not in ARTICLES] for one in (said, meant))
-    if not meant or SPACELESS.search(truth):
-        return None
+        said = [word for word in said if word not in ARTICLES]
+        meant = [word for word in meant if word not in ARTICLES]
+    has_number = any(word.isdecimal() for word in said)
+    if meant == ["0"] and not has_number:
+        return "no" in said  # no dogs
+    return f" {' '.join(meant)} " in f" {' '.join(said)} "
+
+
+def judge(answer: str, truth: str) -> bool | str:
+    """Whether the answer is right by the rule of `answer_is_wrong`, or why it cannot be seen."""
+    if UNCLEAR_SCRIPT.search(truth) or UNCLEAR_SCRIPT.search(answer):
+        return "or their truths are in a script whose words cannot be told apart"
+    if letter := re.fullmatch(r"\W*([A-Za-z])\W*", truth):
+        return judge_option(answer, letter[1])
+    meant = split_words(truth)
+    if not meant:
+        return "have a truth without words"
     spelt = "".join(meant)  # AMBER's "n, o" was a word until something joined its letters
+    spelt = TRUE_FALSE.get(spelt, spelt)
     if spelt in ("yes", "no"):
-        return [word for word in said if word in ("yes", "no")][:1] != [spelt]
-    return f" {' '.join(meant)} " not in f" {' '.join(said)} "
+        return judge_binary(answer, spelt)
+    return has_words(answer, truth, "") or has_words(answer, truth, " ")
 
 
-def split_truths(text: str) -> list[str]:
-    """The answers that a ground truth accepts: of `a; b` or `['a', 'b']` each, or itself."""
-    if re.fullmatch(r"\s*\[.*['\"].*\]\s*", text, re.DOTALL):
-        return ["".join(item) for item in LISTED.findall(text)]
-    return [part.strip() for part in text.split(";") if part.strip()]
+def read_items(text: str) -> list[str]:
+    """The items of a list as data sets print it. Raises ValueError for dicts without `answer`."""
+    if not re.match(r"\[\s*\{", text):
+        if re.search("['\"]", text):
+            return ["".join(item) for item in LISTED.findall(text)]
+        return text[1:-1].split(",")
+    try:
+        items = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        items = None
+    try:
+        items = items or json.loads(text)
+        return [str(item["answer"]) for item in items]
+    except (KeyError, TypeError, ValueError) as error:
+        shown = one_line(text, 60)
+        what = f"{ANSWER_IS_WRONG}: the ground truth {shown} is no list of texts or of dicts with"
+        raise ValueError(f"{what} 'answer'; bring labels of your own as CSV:COLUMN") from error
+
+
+def split_truths(text: str) -> tuple[list[str], str]:
+    """The answers that a ground truth accepts, and what it is: "one", "several" or "votes"."""
+    text = text.strip()
+    if re.fullmatch(r"\[.*\]|\([^()]*,[^()]*\)", text, re.DOTALL):
+        accepted = [item.strip() for item in read_items(text) if item.strip()]
+        votes = pd.Series([" ".join(split_words(item)) for item in accepted], dtype=str)
+        if votes.duplicated().any():
+            counts = votes.value_counts()
+            return list(counts.index[counts >= MIN_VOTES]), "votes"
+    else:
+        accepted = [part.strip() for part in SEPARATOR.split(text) if part.strip()]
+    return accepted, "several" if len(accepted) > 1 else "one"
+
+
+def judge_all(answer: str, accepted: list[str]) -> bool | str:
+    """Whether the answer is right by one of the accepted truths, or why it cannot be seen."""
+    verdicts = [judge(answer, truth) for truth in accepted]
+    told = [verdict for verdict in verdicts if isinstance(verdict, bool)]
+    if told:
+        return any(told)
+    return verdicts[0] if verdicts else "have a truth that no three annotators gave"
 
 
 def label_answers(table: pd.DataFrame) -> tuple[pd.Series, list[str]]:
-    """1 (wrong), 0 or NaN (none) for each sample, and notes on the ground truths."""
-    answers, truths = table["answer"], table["ground_truth_answer"].map(split_truths)
+    """1 (wrong), 0 (right) or NaN (no label) for each sample, and notes on what was seen."""
+    answers = table["answer"]
     if not answers.any():
         raise ValueError(f"{ANSWER_IS_WRONG}: no answers are stored (--max-new-tokens 0)")
+    split = table["ground_truth_answer"].map(split_truths)
+    truths = split.str[0]
+    kinds = split.str[1].value_counts()
     notes = []
-    if num := int((truths.map(len) > 1).sum()):
-        notes.append(f"{num:,} ground truths list several answers: any of them counts")
+    if "several" in kinds:
+        notes.append(f"{kinds['several']:,} ground truths are several answers: any of them counts")
+    if "votes" in kinds:
+        what = f"right is what at least {MIN_VOTES} of them gave"
+        notes.append(f"{kinds['votes']:,} ground truths are annotators' answers: {what}")
     words = truths.map(lambda accepted: [" ".join(split_words(truth)) for truth in accepted])
-    kinds = set(itertools.chain.from_iterable(words))
+    values = set(itertools.chain.from_iterable(words))
     begins = answers.map(lambda answer: split_words(answer)[:1] in (["yes"], ["no"]))
-    if kinds and (kinds <= {"0", "1"} or kinds <= {"y", "n"}) and begins.mean() > 0.5:
+    if values and (values <= {"0", "1"} or values <= {"y", "n"}) and begins.mean() > 0.5:
         truths = words.map(lambda accepted: [BINARY[word] for word in accepted])
-        notes.append(f"ground truths are {' and '.join(sorted(kinds))}: read as yes and no")
-    if num := sum(any(map(SPACELESS.search, accepted)) for accepted in truths):
-        notes.append(f"{num:,} ground truths have no spaces between words: bring your own labels")
-    verdicts = (
-        {is_wrong(answer, truth) for truth in accepted} - {None}
-        for answer, accepted in zip(answers, truths, strict=True)
-    )
-    return pd.Series([min(of_one, default=np.nan) for of_one in verdicts], dtype=float), notes
+        notes.append(f"ground truths are {' and '.join(sorted(values))}: read as yes and no")
+    verdicts = pd.Series(map(judge_all, answers, truths), answers.index, dtype=object)
+    for reason, count in verdicts[~verdicts.isin([True, False])].value_counts().items():
+        notes.append(f"no label: {count:,} answers {reason}")
+    return verdicts.map({True: 0.0, False: 1.0}).astype(float), notes
 
 
-def read_labels(table: pd.DataFrame, label: str, above: float | None) -> tuple:
-    """1, 0 or NaN (none) for each sample, what 0 and 1 are called, notes. Raises ValueError."""
-    if label == ANSWER_IS_WRONG:
-        labels, notes = label_answers(table)
-        return labels, ["right", "wrong"], notes
-    texts, notes = read_column(label, table["question_id"])
+def show_values(values: Iterable[str]) -> str:
+    """The first values of a column for a message."""
+    values = list(values)
+    more = ", ..." if len(values) > 5 else ""
+    return ", ".join(one_line(repr(value), 24) for value in values[:5]) + more
+
+
+def label_by_threshold(label: str, texts: pd.Series, above: float) -> tuple[pd.Series, list[str]]:
+    """1 for numbers above the threshold, 0 for others, NaN for none; and the classes' names."""
     numbers = pd.to_numeric(texts, errors="coerce")
-    if above is not None:
-        if len(wrong := texts[numbers.isna()].dropna()):
-            what = f"{len(wrong):,} values are no numbers, as {wrong.iloc[0]!r}"
-            raise ValueError(f"{label}: {what}; write 0.9, not 90% or 0,9, or nothing")
-        is_above = (numbers > above).astype(float).where(numbers.notna())
-        return is_above, [f"≤ {above:g}", f"> {above:g}"], notes
-    is_numeric = numbers.notna().equals(texts.notna())
-    values = sorted(texts.dropna().unique(), key=float if is_numeric else str.casefold)
+    wrong = texts[numbers.isna()].dropna()
+    if len(wrong):
+        what = f"{len(wrong):,} values are no numbers, as {wrong.iloc[0]!r}"
+        raise ValueError(f"{label}: {what}; write 0.9, not 90% or 0,9, or nothing")
+    is_above = (numbers > above).astype(float).where(numbers.notna())
+    return is_above, [f"at most {above:g}", f"more than {above:g}"]
+
+
+def check_two_values(label: str, values: list[str]) -> None:
+    """Raises ValueError, with what to do, unless these are two values that differ."""
+    spellings = {value.casefold() for value in values}
+    what = f"{label}: {len(values):,} values instead of two, {show_values(values)}"
+    if "nan" in spellings or (spellings & {"none", "null", "n/a"} and len(values) > 2):
+        raise ValueError(f"{what}; leave the cells of samples without a label empty")
+    if len(spellings) < len(values):
+        raise ValueError(f"{what}; some differ in upper and lower case only: write them alike")
+    if set(values) == {"-1", "0", "1"}:
+        raise ValueError(f"{what}; if -1 means no label, leave those cells empty")
     if len(values) > 2:
-        what = f"{len(values):,} values instead of two, first {one_line(values[:5], 80)}"
-        raise ValueError(f"{label}: {what}; of numbers, --above X makes two")
-    return texts.map({value: float(value == values[-1]) for value in values}), values, notes
+        advice = "leave cells without a label empty; of numbers, --above X makes two classes"
+        raise ValueError(f"{what}; {advice}")
+
+
+def read_labels(
+    table: pd.DataFrame, label: str, above: float | None = None, positive: str | None = None
+) -> Labels:
+    """The labels that LABEL gives to samples: `answer_is_wrong`, or a CSV and its column.
+
+    `table` is what `read_texts` or `load_embeddings` returns. `above` makes two classes of numbers.
+    `positive` is the class that becomes 1: by default `wrong`, else the last one in order.
+    Raises ValueError.
+    """
+    if label == ANSWER_IS_WRONG:
+        values, notes = label_answers(table)
+        classes = ["right", "wrong"]
+    else:
+        texts, notes = read_column(label, table["question_id"])
+        if above is not None:
+            values, classes = label_by_threshold(label, texts, above)
+        else:
+            is_numeric = pd.to_numeric(texts, errors="coerce").notna().equals(texts.notna())
+            classes = sorted(texts.dropna().unique(), key=float if is_numeric else str.casefold)
+            check_two_values(label, classes)
+            values = texts.map({name: float(name == classes[-1]) for name in classes})
+    default = next((name for name in classes if name.casefold() == "wrong"), classes[-1])
+    positive = default if positive is None else positive
+    if positive not in classes:
+        raise ValueError(f"--positive {positive}: the classes are {show_values(classes)}")
+    if positive != classes[-1]:
+        return Labels(1 - values, classes[::-1], notes)
+    return Labels(values, classes, notes)
 
 
 # ──────────────────────────────────────────── probe ────────────────────────────────────────────
-NUM_FOLDS, MIN_FOLDS, NUM_SHUFFLES, SEED = 5, 3, 5, 0
+NUM_FOLDS = 5
+MIN_FOLDS = 3
+NUM_DRAWS = 1000  # of the bootstrap
+NUM_EPOCHS = 15
+MIN_IN_CATEGORY = 10  # samples of each class for an AUROC of a category
 STRENGTHS = (0.03, 0.3, 3, 30)  # C times the mean squared length of a sample's features
 PROBES = {
-    "linear": "logistic regression, standardised vectors; C chosen on the other folds",
-    "mlp": "MLP 512-256-128, standardised vectors; stopped by a tenth of the other folds",
+    "linear": "logistic regression of standardised vectors",
+    "mlp": f"MLP 512-256-128 of standardised vectors, {NUM_EPOCHS} epochs",
 }
-DASHES = ["-", "--", ":", "-.", "--", ":", "-."]  # of what has no layers
-HEADINGS = {"auroc": "AUROC", "auroc_train": "train", "auprc": "AUPRC", "precision": "prec."}
-HEADINGS |= {"recall": "rec.", "f1": "F1", "brier": "Brier", "ece": "ECE"}
+QUESTION_TEXT = "question text alone"
+CATEGORY = "category alone"
+SHUFFLED = "labels shuffled"
+CHANCE = "chance"
+HEADINGS = {
+    "auroc_train": "train",
+    "auprc": "AUPRC",
+    "precision": "prec.",
+    "recall": "rec.",
+    "f1": "F1",
+    "threshold": "at",
+    "brier": "Brier",
+    "ece": "ECE",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is to be told from the states, and the folds in which it is tried."""
+    """What is to be read from the states, and the folds in which it is tried."""
 
     labels: np.ndarray  # bool [num_samples]
-    images: np.ndarray  # str [num_samples]
-    folds: list[np.ndarray]  # the places of the samples in each, all about images of its own
-    categories: np.ndarray  # object [num_samples]: the category of --by, NaN for none
+    groups: np.ndarray  # str [num_samples]: samples of one group are never on both sides
+    fold_of: np.ndarray  # int [num_samples]
+    model: str  # one of PROBES
+    seed: int
+
+    @property
+    def num_folds(self) -> int:
+        return int(self.fold_of.max()) + 1
 
     def has_both_classes(self) -> bool:
         """Whether each fold has an AUROC."""
-        return all(0 < self.labels[fold].mean() < 1 for fold in self.folds)
-
-    def others(self, fold: np.ndarray) -> list[np.ndarray]:
-        """The folds on which what is tried on this one may be fitted."""
-        return [other for other in self.folds if other is not fold]
+        num_samples = np.bincount(self.fold_of)
+        num_positive = np.bincount(self.fold_of, self.labels)
+        return bool(((num_positive > 0) & (num_positive < num_samples)).all())
 
 
-def split_by_image(labels: np.ndarray, images: np.ndarray) -> list[np.ndarray]:
-    """Five folds, or fewer; each with both classes, and none with an image of another's."""
+@dataclasses.dataclass
+class Cell:
+    """What a probe makes of one matrix; or of several, one of them chosen in each outer fold."""
+
+    names: list[str]  # the matrix, by outer fold
+    strengths: np.ndarray  # float [num_folds]: the C that was chosen
+    inner_auroc: np.ndarray  # float [num_folds]: by which it was chosen, the mean of inner folds
+    auroc_train: np.ndarray  # float [num_folds]
+    # float [num_folds, num_samples], a row for each outer fold: its own samples scored by a probe
+    # of all other folds, the rest by probes that saw neither this fold nor the sample's own.
+    scores: np.ndarray
+
+
+@dataclasses.dataclass
+class Row:
+    """A line of the report, and what belongs to it."""
+
+    figures: dict[str, float | None]
+    probabilities: np.ndarray  # float [num_samples], out of fold
+    draws: np.ndarray  # float [NUM_DRAWS]: the AUROC of each bootstrap sample
+
+
+def split_by_group(labels: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
+    """The fold of each sample: five folds, or fewer; each has both classes and its own groups."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    num_images = [len(set(images[labels == value])) for value in (False, True)]  # of each class
-    for count in range(min(NUM_FOLDS, *num_images), MIN_FOLDS - 1, -1):
-        splitter = StratifiedGroupKFold(count, shuffle=True, random_state=SEED)
-        folds = [test for _, test in splitter.split(images, labels, images)]
-        if Task(labels, images, folds, images).has_both_classes():
-            return folds
+    num_groups = [len(set(groups[labels == value])) for value in (False, True)]  # of each class
+    for num_folds in range(min(NUM_FOLDS, *num_groups), MIN_FOLDS - 1, -1):
+        splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
+        fold_of = np.empty(len(labels), int)
+        for fold, (_, test) in enumerate(splitter.split(labels, labels, groups)):
+            fold_of[test] = fold
+        if Task(labels, groups, fold_of, "linear", seed).has_both_classes():
+            return fold_of
     counts = f"{(~labels).sum():,} and {labels.sum():,} samples of the classes"
-    counts += f", about {num_images[0]:,} and {num_images[1]:,} images"
+    counts += f", about {num_groups[0]:,} and {num_groups[1]:,} images or groups"
     raise ValueError(f"too few for a probe: {counts}; each of {MIN_FOLDS} folds needs both")
 
 
-def make_probe(inputs: np.ndarray, model: str, strengths: list[float], folds: list[np.ndarray]):
-    """A probe of vectors [num_samples, D] or of texts, to be fitted on these folds in order."""
+# ── probe: fitting ──
+def make_features(inputs: np.ndarray):
+    """What turns vectors [num_samples, D], texts or categories [num_samples] into features."""
     from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+    if inputs.ndim == 2 and inputs.dtype == object:
+        return OneHotEncoder(handle_unknown="ignore")
+    if inputs.ndim == 2:
+        return StandardScaler()
+    # Pieces of words: scripts without spaces have no words to count.
+    return TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), sublinear_tf=True)
+
+
+def make_classifier(task: Task, inputs: np.ndarray, strength: float):
+    """Logistic regression, or HALP's network where it was asked for and the inputs are states."""
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, PredefinedSplit
     from sklearn.neural_network import MLPClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
-    is_text = inputs.ndim == 1
-    features = TfidfVectorizer(token_pattern=r"\w+|[^\w\s]") if is_text else StandardScaler()
-    if model == "mlp":
-        probe = MLPClassifier((512, 256, 128), early_stopping=True, random_state=SEED)
-    elif len(strengths) == 1:
-        probe = LogisticRegression(C=strengths[0], max_iter=1000)
-    else:  # the one that does best where it is fitted without one or the other of two folds
-        held_out = [0, 1] + [-1] * (len(folds) - 2)  # -1: never
-        inner = PredefinedSplit(np.repeat(held_out, [len(fold) for fold in folds]))
-        regression = LogisticRegression(max_iter=1000)
-        probe = GridSearchCV(regression, {"C": strengths}, scoring="roc_auc", cv=inner)
-    return make_pipeline(features, probe)
+    if task.model == "linear" or inputs.dtype != np.float32:
+        return LogisticRegression(C=strength, max_iter=1000)
+    # A fixed number of epochs: early stopping by accuracy stops at once where a class is rare.
+    return MLPClassifier(
+        hidden_layer_sizes=(512, 256, 128),
+        max_iter=NUM_EPOCHS,
+        n_iter_no_change=NUM_EPOCHS,
+        random_state=task.seed,
+    )
 
 
-def fit_and_score(task: Task, inputs: np.ndarray, model: str, strengths: list, folds: list):
-    """Fit a probe on these folds: each sample's score, and the C that it chose."""
-    train = np.concatenate(folds)
-    probe = make_probe(inputs, model, strengths, folds).fit(inputs[train], task.labels[train])
-    chosen = getattr(probe[-1], "best_params_", {"C": strengths[0]})["C"]
-    if model == "mlp":
-        return probe.predict_proba(inputs)[:, 1], None
-    return probe.decision_function(inputs), chosen
+def list_strengths(task: Task, inputs: np.ndarray) -> list[float]:
+    """The penalties to try; one where they make no difference to the order of scores."""
+    if inputs.dtype == np.float32:
+        return [1.0] if task.model == "mlp" else [value / inputs.shape[1] for value in STRENGTHS]
+    if inputs.ndim == 1 or inputs.dtype == object:
+        return list(STRENGTHS)  # TF-IDF and one-hot vectors have length 1
+    return [1.0]
 
 
-def try_probe(task: Task, inputs: np.ndarray, model="linear", strengths=STRENGTHS) -> dict:
-    """A cell of the table, by fold: AUROC there and where its probe was fitted, C, all scores."""
+def score_with(probe, features) -> np.ndarray:
+    """How much a fitted probe takes each sample for positive: [num_samples]."""
+    if hasattr(probe, "decision_function"):
+        return probe.decision_function(features)
+    return probe.predict_proba(features)[:, 1]
+
+
+def fit_and_score(task: Task, inputs: np.ndarray, left_out: tuple[int, ...], strengths: list):
+    """Scores of the folds that are left out by probes of all others, and AUROC on those others.
+
+    A row for each strength: float [num_strengths, num_samples], NaN where not left out.
+    """
     from sklearn.metrics import roc_auc_score
 
-    cell = {"auroc": [], "auroc_train": [], "C": [], "scores": []}
-    strengths = [strength / inputs[:1].size for strength in strengths]  # by features; a text is one
-    for fold in task.folds:
-        others = task.others(fold)
-        scores, chosen = fit_and_score(task, inputs, model, strengths, others)
-        for name, places in (("auroc", fold), ("auroc_train", np.concatenate(others))):
-            cell[name].append(float(roc_auc_score(task.labels[places], scores[places])))
-        cell["C"].append(chosen)
-        cell["scores"].append(scores)
-    return cell | {"mean": np.mean(cell["auroc"]), "sd": np.std(cell["auroc"], ddof=1)}
+    is_left_out = np.isin(task.fold_of, left_out)
+    labels = task.labels[~is_left_out]
+    transform = make_features(inputs)
+    train = transform.fit_transform(inputs[~is_left_out])
+    test = transform.transform(inputs[is_left_out])
+    scores = np.full((len(strengths), len(inputs)), np.nan)
+    auroc_train = []
+    for row, strength in enumerate(strengths):
+        probe = make_classifier(task, inputs, strength).fit(train, labels)
+        scores[row, is_left_out] = score_with(probe, test)
+        auroc_train.append(roc_auc_score(labels, score_with(probe, train)))
+    return scores, auroc_train
 
 
-def measure(task: Task, inputs: np.ndarray, model: str, cell: dict) -> dict:
-    """What a paper prints of a cell, in each fold; by category AUROC, mean of the folds.
+def try_cell(task: Task, name: str, inputs: np.ndarray) -> Cell:
+    """Probes of one matrix, their penalty chosen anew in each outer fold by the inner folds.
 
-    The threshold with the best F1, and Platt's scaling, are fitted on the other folds, on scores of
-    probes that did not know the sample's own fold: those of known samples are too good for that.
+    A probe that was fitted without folds j and k serves both: as the inner fold j of the outer
+    fold k, and the other way round.
     """
-    from sklearn import metrics
+    from joblib import Parallel, delayed
+    from sklearn.metrics import roc_auc_score
+
+    strengths = list_strengths(task, inputs)
+    folds = range(task.num_folds)
+    pairs = list(itertools.combinations(folds, 2))
+    fit = delayed(fit_and_score)
+    fitted = Parallel()(fit(task, inputs, pair, strengths) for pair in pairs)
+    held_out = np.full((task.num_folds, len(strengths), len(inputs)), np.nan)
+    inner = np.full((task.num_folds, len(strengths), task.num_folds), np.nan)
+    for pair, (scores, _) in zip(pairs, fitted):
+        for outer, other in (pair, pair[::-1]):
+            is_inner = task.fold_of == other
+            held_out[outer][:, is_inner] = scores[:, is_inner]
+            for row in range(len(strengths)):
+                auroc = roc_auc_score(task.labels[is_inner], scores[row, is_inner])
+                inner[outer, row, other] = auroc
+    inner_auroc = np.nanmean(inner, axis=2)  # [num_folds, num_strengths]
+    best = inner_auroc.argmax(axis=1)
+    chosen = np.array(strengths)[best]
+    fitted = Parallel()(fit(task, inputs, (fold,), [chosen[fold]]) for fold in folds)
+    scores = held_out[folds, best]
+    for fold, (outer_scores, _) in enumerate(fitted):
+        is_outer = task.fold_of == fold
+        scores[fold, is_outer] = outer_scores[0, is_outer]
+    auroc_train = np.array([auroc[0] for _, auroc in fitted])
+    return Cell([name] * task.num_folds, chosen, inner_auroc.max(axis=1), auroc_train, scores)
+
+
+def choose_cells(cells: dict[str, Cell]) -> Cell:
+    """In each outer fold the cell that is best on the inner folds; the outer one has no say."""
+    candidates = list(cells.values())
+    inner_auroc = np.array([cell.inner_auroc for cell in candidates])  # [num_cells, num_folds]
+    chosen = [(fold, candidates[place]) for fold, place in enumerate(inner_auroc.argmax(axis=0))]
+    return Cell(
+        names=[cell.names[fold] for fold, cell in chosen],
+        strengths=np.array([cell.strengths[fold] for fold, cell in chosen]),
+        inner_auroc=inner_auroc.max(axis=0),
+        auroc_train=np.array([cell.auroc_train[fold] for fold, cell in chosen]),
+        scores=np.stack([cell.scores[fold] for fold, cell in chosen]),
+    )
+
+
+def fold_aurocs(task: Task, cell: Cell) -> list[float]:
+    """The AUROC of each outer fold."""
+    from sklearn.metrics import roc_auc_score
+
+    aurocs = []
+    for fold in range(task.num_folds):
+        is_outer = task.fold_of == fold
+        aurocs.append(float(roc_auc_score(task.labels[is_outer], cell.scores[fold, is_outer])))
+    return aurocs
+
+
+def shuffle_labels(task: Task) -> Task | None:
+    """The labels dealt to other samples, those of a group together, so that a leak by group shows.
+
+    None where no deal in a hundred leaves both classes in every fold.
+    """
+    rng = np.random.default_rng(task.seed)
+    order = np.argsort(task.groups, kind="stable")  # samples group by group
+    by_group = [group.to_numpy() for _, group in pd.Series(task.labels).groupby(task.groups)]
+    for _ in range(100):
+        labels = np.empty_like(task.labels)
+        places = rng.permutation(len(by_group))
+        labels[order] = np.concatenate([rng.permutation(by_group[place]) for place in places])
+        shuffled = dataclasses.replace(task, labels=labels)
+        if shuffled.has_both_classes():
+            return shuffled
+    return None
+
+
+# ── probe: figures ──
+def draw_weights(task: Task) -> list[np.ndarray]:
+    """The bootstrap's samples: how often each sample is drawn, float32 [NUM_DRAWS, size of fold].
+
+    Groups are drawn with replacement within each fold, as many as the fold has.
+    """
+    rng = np.random.default_rng(task.seed)
+    weights = []
+    for fold in range(task.num_folds):
+        names, group_of = np.unique(task.groups[task.fold_of == fold], return_inverse=True)
+        counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), NUM_DRAWS)
+        weights.append(counts[:, group_of].astype(np.float32))
+    return weights
+
+
+def weighted_aurocs(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The AUROC under each row of weights [NUM_DRAWS, size of fold]; NaN without both classes."""
+    order = np.argsort(scores, kind="stable")
+    is_first = np.diff(scores[order], prepend=np.nan) != 0  # of those with equal scores
+    starts = np.flatnonzero(is_first)
+    ordered = weights[:, order].astype(np.float64)
+    positive = np.add.reduceat(ordered * labels[order], starts, axis=1)
+    negative = np.add.reduceat(ordered * ~labels[order], starts, axis=1)
+    below = negative.cumsum(axis=1) - negative / 2  # ties count half
+    with np.errstate(invalid="ignore"):
+        return (positive * below).sum(axis=1) / (positive.sum(axis=1) * negative.sum(axis=1))
+
+
+def draw_aurocs(task: Task, scores: np.ndarray, weights: list[np.ndarray]) -> np.ndarray:
+    """The mean AUROC of the folds in each bootstrap sample: float [NUM_DRAWS].
+
+    A fold of which only one class was drawn is left out of that mean.
+    """
+    by_fold = []
+    for fold, of_fold in enumerate(weights):
+        is_outer = task.fold_of == fold
+        by_fold.append(weighted_aurocs(task.labels[is_outer], scores[fold, is_outer], of_fold))
+    return np.nanmean(by_fold, axis=0)
+
+
+def interval(draws: np.ndarray) -> list[float]:
+    """The bounds of 95 % of the draws."""
+    return np.nanpercentile(draws, [2.5, 97.5]).tolist()
+
+
+def calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Expected calibration error in ten bins of equal width (Guo et al. 2017)."""
+    bins = np.minimum((10 * probabilities).astype(int), 9)
+    return float(np.abs(np.bincount(bins, labels - probabilities)).sum() / len(labels))
+
+
+def calibrate(task: Task, scores: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    """Out-of-fold probabilities [num_samples], and each fold's threshold with the best F1.
+
+    Platt's scaling and the threshold are fitted on the training folds, on scores of probes that
+    did not know the sample's own fold: those of known samples are too good for that.
+    """
     from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import precision_recall_curve
 
-    rows, by_category = [], {}
-    for fold, scores, strength in zip(task.folds, cell["scores"], cell["C"], strict=True):
-        train, known = np.concatenate(task.others(fold)), np.empty(len(scores))
-        for other in task.others(fold):
-            folds = [third for third in task.others(fold) if third is not other]
-            known[other] = fit_and_score(task, inputs, model, [strength], folds)[0][other]
-        labels, held_out = task.labels[fold], (task.labels[train], known[train])
-        precision, recall, thresholds = metrics.precision_recall_curve(*held_out)
+    probabilities = np.empty(len(task.labels))
+    thresholds = []
+    for fold in range(task.num_folds):
+        is_outer = task.fold_of == fold
+        known_labels = task.labels[~is_outer]
+        # The size of scores is that of the penalty's, and the fit needs numbers near 1.
+        scaled = (scores[fold] / max(scores[fold, ~is_outer].std(), 1e-12))[:, None]
+        platt = LogisticRegression(C=np.inf, max_iter=1000).fit(scaled[~is_outer], known_labels)
+        chances = platt.predict_proba(scaled)[:, 1]
+        probabilities[is_outer] = chances[is_outer]
+        precision, recall, at = precision_recall_curve(known_labels, chances[~is_outer])
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-        is_told = scores[fold] >= thresholds[np.argmax(f1[:-1])]
-        *told, _ = metrics.precision_recall_fscore_support(labels, is_told, average="binary")
-        platt = LogisticRegression(C=np.inf).fit(known[train, None], task.labels[train])
-        probabilities = platt.predict_proba(scores[fold, None])[:, 1]
-        # Expected calibration error in ten bins of equal width (Guo et al. 2017).
-        bins = np.minimum((10 * probabilities).astype(int), 9)
-        error = np.abs(np.bincount(bins, labels - probabilities)).sum() / len(labels)
-        brier = metrics.brier_score_loss(labels, probabilities)
-        auprc = metrics.average_precision_score(labels, scores[fold])
-        rows.append([auprc, *told, brier, error])
-        for category, places in pd.Series(fold).groupby(task.categories[fold]):
-            aurocs = by_category.setdefault(category, [])
+        thresholds.append(float(at[np.argmax(f1[:-1])]))
+    return probabilities, thresholds
+
+
+def measure(task: Task, cell: Cell, weights: list[np.ndarray]) -> Row:
+    """What a paper prints of a representation or a baseline."""
+    from sklearn import metrics
+
+    auprcs = []
+    for fold in range(task.num_folds):
+        is_outer = task.fold_of == fold
+        of_fold = cell.scores[fold, is_outer]
+        auprcs.append(metrics.average_precision_score(task.labels[is_outer], of_fold))
+    probabilities, thresholds = calibrate(task, cell.scores)
+    is_told = probabilities >= np.array(thresholds)[task.fold_of]
+    precision, recall, f1, _ = metrics.precision_recall_fscore_support(
+        task.labels, is_told, average="binary", zero_division=0
+    )
+    draws = draw_aurocs(task, cell.scores, weights)
+    low, high = interval(draws)
+    figures = {
+        "auroc": np.mean(fold_aurocs(task, cell)),
+        "auroc_low": low,
+        "auroc_high": high,
+        "auroc_train": np.mean(cell.auroc_train),
+        "auprc": np.mean(auprcs),
+        "precision": precision,
+        "recall": recall,
+        "f1": f1,
+        "threshold": np.mean(thresholds),
+        "brier": metrics.brier_score_loss(task.labels, probabilities),
+        "ece": calibration_error(task.labels, probabilities),
+    }
+    figures = {name: float(value) for name, value in figures.items()}
+    figures["thresholds"] = thresholds
+    figures["layers"] = [layer_of(name) for name in cell.names]
+    return Row(figures, probabilities, draws)
+
+
+def expected_average_precision(num_samples: int, num_positive: int) -> float:
+    """The mean average precision of all orders of the samples (Bestgen 2015)."""
+    if num_samples < 2:
+        return float(num_positive)
+    harmonic = (1 / np.arange(1, num_samples + 1)).sum()
+    odds = (num_positive - 1) / (num_samples - 1)
+    return float((odds * (num_samples - harmonic) + harmonic) / num_samples)
+
+
+def measure_chance(task: Task) -> dict[str, float | None]:
+    """What the report's figures are where nothing is known but the share of the classes."""
+    share = float(task.labels.mean())
+    auprcs = []
+    for fold in range(task.num_folds):
+        labels = task.labels[task.fold_of == fold]
+        auprcs.append(expected_average_precision(len(labels), int(labels.sum())))
+    return {
+        "auroc": 0.5,
+        "auroc_low": None,
+        "auroc_high": None,
+        "auroc_train": 0.5,
+        "auprc": float(np.mean(auprcs)),
+        "precision": share,
+        "recall": 1.0,
+        "f1": 2 * share / (1 + share),  # of always yes
+        "threshold": None,
+        "brier": share * (1 - share),
+        "ece": 0.0,
+        "thresholds": [],
+        "layers": [],
+    }
+
+
+def measure_categories(task: Task, cell: Cell, categories: np.ndarray) -> dict[str, float | None]:
+    """AUROC of each category, the mean of the folds that have both classes of it."""
+    from sklearn.metrics import roc_auc_score
+
+    aurocs = {}
+    for category in sorted(set(categories)):
+        is_inside = categories == category
+        of_folds = []
+        for fold in range(task.num_folds):
+            places = np.flatnonzero(is_inside & (task.fold_of == fold))
             if len(set(task.labels[places])) == 2:
-                aurocs.append(metrics.roc_auc_score(task.labels[places], scores[places]))
-    by_category = {name: np.mean(found) if found else None for name, found in by_category.items()}
-    columns = np.array(rows, float).T.tolist()
-    return dict(zip([*HEADINGS][2:], columns, strict=True)) | {"by": by_category}
+                of_folds.append(roc_auc_score(task.labels[places], cell.scores[fold, places]))
+        counts = np.bincount(task.labels[is_inside], minlength=2)
+        is_common = of_folds and counts.min() >= MIN_IN_CATEGORY
+        aurocs[category] = float(np.mean(of_folds)) if is_common else None
+    return aurocs
 
 
-def try_baselines(task: Task, table: pd.DataFrame) -> dict[str, dict | None]:
-    """The cells of the question's text and of the answers' numbers; None where not stored."""
+# ── probe: the run ──
+@dataclasses.dataclass(frozen=True)
+class ProbeOptions:
+    """What is to be probed, and how."""
+
+    label: str  # CSV:COLUMN or answer_is_wrong
+    above: float | None = None
+    positive: str | None = None
+    by: str | None = None  # CSV:COLUMN
+    group: str | None = None  # CSV:COLUMN
+    model: str = "linear"
+    seed: int = 0
+    representation: str | None = None
+    layer: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A run whose states are probed: the one that was given, or one of --beside."""
+
+    name: str  # "" for the one that was given
+    samples: Samples  # those with a label, in the task's order
+    vectors: Vectors
+
+    def title(self, name: str) -> str:
+        """What a row or a cell of this run is called."""
+        return f"{self.name}: {name}" if self.name else name
+
+
+def open_beside(spec: str, question_ids: pd.Series, options: ProbeOptions) -> Source:
+    """Another run of the same questions, NAME=DIR. Raises ValueError."""
+    name, _, directory = spec.partition("=")
+    parts, samples = open_run(directory)
+    by_id = {unquote(sample[1]): sample for sample in samples}
+    absent = [question_id for question_id in question_ids if question_id not in by_id]
+    if absent:
+        what = f"{len(absent):,} of {len(question_ids):,} samples are not in {directory}"
+        raise ValueError(f"--beside {name}: {what}, first {absent[0]!r}; it needs the same rows")
+    vectors = list_vectors(next(iter(parts.values())), options.representation, options.layer)
+    return Source(name, [by_id[question_id] for question_id in question_ids], vectors)
+
+
+def show_progress(items: list, unit: str) -> Iterator:
+    """The items one by one: a bar in a terminal, elsewhere a line a minute."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, unit=unit)
+        return
+    started = time.monotonic()
+    for num_done, item in enumerate(items):
+        if time.monotonic() - started > PROGRESS_SECONDS:
+            print(f"{num_done} of {len(items)} {unit}s", file=sys.stderr, flush=True)
+            started = time.monotonic()
+        yield item
+
+
+def try_states(task: Task, shuffled: Task | None, sources: list[Source]) -> tuple[dict, dict]:
+    """A cell for each matrix of each run, and the same of the first run with labels shuffled.
+
+    One matrix is in memory at a time.
+    """
+    cells = {}
+    control = {}
+    jobs = [(source, name) for source in sources for name in source.vectors]
+    for source, name in show_progress(jobs, "matrix"):
+        matrix = read_matrix(source.samples, name, source.vectors[name])
+        if not np.isfinite(matrix).all():
+            raise ValueError(f"{source.title(name)}: not finite; see --verify")
+        cells[source.title(name)] = try_cell(task, name, matrix)
+        if shuffled and not source.name:
+            control[name] = try_cell(shuffled, name, matrix)
+    return cells, control
+
+
+def try_baselines(
+    task: Task, table: pd.DataFrame, categories: np.ndarray | None
+) -> dict[str, Cell]:
+    """Cells of the question's text, of the answers' numbers where stored, and of the category."""
     logprobs = table.get(LOGPROBS, pd.Series(dtype=object))
     lengths = table["num_answer_tokens"]
     numbers = {
         "first-token entropy": table.get(ENTROPY, []),
-        "mean answer log-probability": logprobs.map(np.mean),
-        "least answer log-probability": logprobs.map(np.min),
-        "answer length in tokens": lengths if lengths.any() else [],
+        "mean log-probability": logprobs.map(np.mean),
+        "least log-probability": logprobs.map(np.min),
+        "answer length": lengths if lengths.any() else [],
     }
-    inputs = {"question text alone": table["question"].to_numpy(str)}
-    inputs |= {name: np.asarray(values, float)[:, None] for name, values in numbers.items()}
-    cells = dict.fromkeys(inputs)
-    for name, values in inputs.items():
-        if values.ndim == 2 and not np.isfinite(values).all():
+    inputs = {QUESTION_TEXT: table["question"].to_numpy(str)}
+    for name, values in numbers.items():
+        values = np.asarray(values, np.float64)[:, None]
+        if not np.isfinite(values).all():
             raise ValueError(f"{name}: not finite or not in all samples; see --verify")
-        if len(values):  # of one number any strength gives the same order
-            cell = try_probe(task, values, strengths=STRENGTHS if values.ndim == 1 else [1])
-            cells[name] = cell | measure(task, values, "linear", cell)
-    return cells
+        if len(values):
+            inputs[name] = values
+    if categories is not None:
+        inputs[CATEGORY] = categories[:, None]
+    return {name: try_cell(task, name, values) for name, values in inputs.items()}
 
 
-def shuffle_labels(task: Task, rng: np.random.Generator) -> np.ndarray:
-    """The labels dealt out anew, those of an image together, so that what leaks by image shows."""
-    groups = [rng.permutation(group) for _, group in pd.Series(task.labels).groupby(task.images)]
-    rng.shuffle(groups)
-    shuffled = np.empty_like(task.labels)
-    shuffled[np.argsort(task.images, kind="stable")] = np.concatenate(groups)
-    return shuffled
+def choose_rows(cells: dict[str, Cell]) -> dict[str, Cell]:
+    """A cell for each representation of each run, its layer chosen within the training folds."""
+    kinds = {}
+    for name, cell in cells.items():
+        kinds.setdefault(name.replace("_representation", "").partition("/")[0], {})[name] = cell
+    return {kind: choose_cells(of_kind) for kind, of_kind in kinds.items()}
 
 
-def try_shuffled(task: Task, inputs: np.ndarray, model: str, strength: float) -> dict | None:
-    """A cell with labels that tell nothing, five times; None where no fold keeps both classes."""
-    rng = np.random.default_rng(SEED)
-    dealt = (shuffle_labels(task, rng) for _ in range(100 * NUM_SHUFFLES))
-    tasks = (dataclasses.replace(task, labels=labels) for labels in dealt)
-    aurocs = []
-    for shuffled in itertools.islice(filter(Task.has_both_classes, tasks), NUM_SHUFFLES):
-        aurocs += try_probe(shuffled, inputs, model, [strength])["auroc"]
-    if not aurocs:
-        return None
-    return {"auroc": aurocs, "mean": np.mean(aurocs), "sd": np.std(aurocs, ddof=1)}
+def make_task(table: pd.DataFrame, labels: pd.Series, options: ProbeOptions) -> tuple[Task, list]:
+    """The task of samples that all have a label, and notes on their groups."""
+    # A file may be stored under several names, and two directories may have one name.
+    groups = table.get("image_sha256", table["image_id"]).astype(object)
+    notes = []
+    if options.group:
+        named, notes = read_column(options.group, table["question_id"])
+        if named.isna().any():
+            count = f"{named.isna().sum():,} samples"
+            notes.append(f"{count} have no value in {options.group}: their image is their group")
+        groups = ("group " + named).fillna(groups)
+    groups = groups.to_numpy(str)
+    is_positive = labels.to_numpy(bool)
+    fold_of = split_by_group(is_positive, groups, options.seed)
+    return Task(is_positive, groups, fold_of, options.model, options.seed), notes
 
 
-def try_vectors(task: Task, samples: Samples, vectors: Vectors, model: str) -> tuple:
-    """A cell for each data set, best ones measured; and the best one's with shuffled labels."""
-    cells, best, shuffled = {}, {}, None
-    for name, width in tqdm(vectors.items(), unit="cell", disable=None):
-        matrix = read_matrix(samples, name, width)
-        if not np.isfinite(matrix).all():
-            raise ValueError(f"{name}: not finite; see --verify")
-        cells[name], kind = try_probe(task, matrix, model), name.partition("/")[0]
-        best[kind] = max(best.get(kind, name), name, key=lambda name: cells[name]["mean"])
-    first = max(best.values(), key=lambda name: cells[name]["mean"])
-    for name in tqdm(best.values(), unit="best cell", disable=None):
-        matrix, cell = read_matrix(samples, name, vectors[name]), cells[name]
-        cell |= measure(task, matrix, model, cell)
-        if name == first:
-            usual = np.median(cell["C"]) * matrix.shape[1] if model == "linear" else 0
-            shuffled = try_shuffled(task, matrix, model, usual)
-    return cells, shuffled and {"of": first} | shuffled
+def draw_examples(table: pd.DataFrame, labels: Labels, seed: int) -> dict[str, list]:
+    """Some samples of each class, drawn at random: their ground truths and answers."""
+    rng = np.random.default_rng(seed)
+    examples = {}
+    for value, name in enumerate(labels.classes):
+        places = rng.permutation(np.flatnonzero(labels.values == value))[:NUM_EXAMPLES]
+        texts = table[["ground_truth_answer", "answer"]].iloc[places]
+        examples[name] = texts.to_numpy().tolist()
+    return examples
 
 
-def probe(samples: Samples, vectors: Vectors, label: tuple, by: str | None, model: str) -> dict:
-    """How well each vector tells the label (LABEL, --above), in folds by image: all facts."""
+def describe_cells(task: Task, cells: dict[str, Cell]) -> dict[str, dict]:
+    """The first table: every cell by itself, by outer fold, and mean and spread of its AUROC."""
+    facts = {}
+    for name, cell in cells.items():
+        aurocs = fold_aurocs(task, cell)
+        facts[name] = {
+            "auroc": aurocs,
+            "auroc_train": list(map(float, cell.auroc_train)),
+            "C": list(map(float, cell.strengths)),
+            "mean": float(np.mean(aurocs)),
+            "sd": float(np.std(aurocs, ddof=1)),
+        }
+    return facts
+
+
+def compare_with_best(rows: dict[str, Row], own: list[str]) -> tuple[str, dict[str, dict]]:
+    """The best representation of this run, and how far its AUROC is above that of other rows."""
+    best = max(own, key=lambda name: rows[name].figures["auroc"])
+    differences = {}
+    for name in [name for name in rows if name not in own]:
+        low, high = interval(rows[best].draws - rows[name].draws)
+        auroc = rows[best].figures["auroc"] - rows[name].figures["auroc"]
+        differences[name] = {"auroc": auroc, "low": low, "high": high}
+    return best, differences
+
+
+def has_leak(row: Row) -> bool:
+    """Whether even shuffled labels can be read, by more than three standard deviations."""
+    return row.figures["auroc"] > 0.5 + 3 * np.nanstd(row.draws)
+
+
+def describe_categories(
+    task: Task, cells: dict[str, Cell], categories: np.ndarray | None
+) -> dict[str, dict]:
+    """The size of each category of --by, its positive samples, and AUROC by row."""
+    if categories is None:
+        return {}
+    aurocs = {name: measure_categories(task, cell, categories) for name, cell in cells.items()}
+    facts = {}
+    for category in sorted(set(categories) - {""}):
+        is_inside = categories == category
+        facts[category] = {
+            "num_samples": int(is_inside.sum()),
+            "num_positive": int(task.labels[is_inside].sum()),
+            "auroc": {name: of_row[category] for name, of_row in aurocs.items()},
+        }
+    return facts
+
+
+def make_report(
+    task: Task,
+    sources: list[Source],
+    baselines: dict[str, Cell],
+    categories: np.ndarray | None,
+) -> tuple[dict, dict[str, Row]]:
+    """Try all states: the facts of both tables, and the rows of the report."""
+    shuffled = shuffle_labels(task)
+    cells, control = try_states(task, shuffled, sources)
+    weights = draw_weights(task)
+    chosen = choose_rows(cells)
+    own = [name for name in chosen if ": " not in name]
+    rows = {name: measure(task, cell, weights) for name, cell in (chosen | baselines).items()}
+    best, differences = compare_with_best(rows, own)
+    if shuffled:
+        rows[SHUFFLED] = measure(shuffled, choose_cells(control), weights)
+    report = {name: row.figures for name, row in rows.items()}
+    facts = {
+        "cells": describe_cells(task, cells),
+        "report": report | {CHANCE: measure_chance(task)},
+        "best": best,
+        "differences": differences,
+        "leaks": SHUFFLED in rows and has_leak(rows[SHUFFLED]),
+        "by": describe_categories(task, {name: chosen[name] for name in own}, categories),
+    }
+    return facts, rows
+
+
+def probe(
+    samples: Samples, vectors: Vectors, beside: list[str], options: ProbeOptions
+) -> tuple[dict, pd.DataFrame]:
+    """How well the label can be read from the states: all facts, and the table of --save."""
+    import sklearn
     from joblib import parallel_config  # which scikit-learn brings, as threadpoolctl
     from threadpoolctl import threadpool_limits
 
-    table, (name, above) = read_texts(samples), label
-    labels, classes, notes = read_labels(table, name, above)
-    has_label = labels.notna().to_numpy()
-    labels, table = labels[has_label], table[has_label].reset_index(drop=True)
-    if name == ANSWER_IS_WRONG and (num := int(table["answer_truncated"].sum())):
-        notes.append(f"{num:,} of these answers were cut at --max-new-tokens")
-    nothing = (pd.Series(np.nan, table.index), [])
-    categories, more = read_column(by, table["question_id"]) if by else nothing
-    # A file may be stored under several names, and two directories may have one name.
-    images = table.get("image_sha256", table["image_id"]).to_numpy(str)
-    is_true, categories = labels.to_numpy(bool), categories.to_numpy(object)
-    task = Task(is_true, images, split_by_image(is_true, images), categories)
-    # Logistic regression: a thread a fit, as several of BLAS within one would wait for each other.
-    limits = threadpool_limits(1 if model == "linear" else None)
-    with warnings.catch_warnings(), limits, parallel_config("threading", n_jobs=-1):
+    everything = read_texts(samples)
+    is_rule = options.label == ANSWER_IS_WRONG
+    labels = read_labels(everything, options.label, options.above, options.positive)
+    has_label = labels.values.notna().to_numpy()
+    table = everything[has_label].reset_index(drop=True)
+    notes = labels.notes
+    num_cut = int(table["answer_truncated"].sum())
+    if is_rule and num_cut:
+        notes.append(f"{num_cut:,} of these answers were cut at --max-new-tokens")
+    task, more_notes = make_task(table, labels.values[has_label], options)
+    notes += more_notes
+    categories = None
+    if options.by:
+        categories, more_notes = read_column(options.by, table["question_id"])
+        categories = categories.fillna("").to_numpy(object)
+        notes += more_notes
+    sources = [Source("", list(itertools.compress(samples, has_label)), vectors)]
+    sources += [open_beside(spec, table["question_id"], options) for spec in beside]
+    # A thread a fit: several of BLAS within one would wait for each other.
+    with warnings.catch_warnings(), threadpool_limits(1), parallel_config("threading", n_jobs=-1):
         warnings.simplefilter("ignore")  # of fits that have not converged
-        baselines = try_baselines(task, table)
-        labelled = list(itertools.compress(samples, has_label))
-        cells, shuffled = try_vectors(task, labelled, vectors, model)
-    for cell in filter(None, [*cells.values(), *baselines.values()]):
-        del cell["scores"]
-    counts = pd.Series(is_true).groupby(categories).agg(["size", "sum"])
-    return {
-        "label": name if above is None else f"{name} above {above:g}",
-        "rule": RULE if name == ANSWER_IS_WRONG else None,
-        "notes": notes + more,
-        "classes": {name: int((labels == value).sum()) for value, name in enumerate(classes)},
+        baselines = try_baselines(task, table, categories)
+        facts, rows = make_report(task, sources, baselines, categories)
+    counts = np.bincount(task.labels, minlength=2).tolist()
+    of_folds = [table["question_id"][task.fold_of == fold] for fold in range(task.num_folds)]
+    title = options.label
+    facts = {
+        "label": title if options.above is None else f"{title} above {options.above:g}",
+        "rule": RULE if is_rule else None,
+        "examples": draw_examples(everything, labels, options.seed) if is_rule else {},
+        "notes": notes,
+        "classes": dict(zip(labels.classes, counts, strict=True)),
+        "positive": labels.classes[1],
         "num_without_label": int((~has_label).sum()),
-        "num_images": len(set(task.images)),
-        "probe": PROBES[model],
-        "folds": [{"question_id": list(table["question_id"][fold])} for fold in task.folds],
-        "cells": cells,
-        "baselines": baselines,
-        "shuffled": shuffled,
-        "leaks": bool(shuffled and abs(shuffled["mean"] - 0.5) > 2 * shuffled["sd"]),
-        "by": {category: counts.loc[category].tolist() for category in counts.index},
+        "group": options.group or "image",
+        "num_groups": len(set(task.groups)),
+        "seed": options.seed,
+        "scikit_learn": sklearn.__version__,
+        "probe": PROBES[options.model],
+        "folds": [{"question_id": list(question_ids)} for question_ids in of_folds],
+        **facts,
     }
+    return facts, make_saved(everything, labels, has_label, task, rows)
 
 
-def list_levels(facts: dict) -> dict[str, dict | None]:
-    """The cells that have no layer: vision, the baselines, and the control."""
-    levels = {VISION: facts["cells"][VISION]} if VISION in facts["cells"] else {}
-    return levels | facts["baselines"] | {"best probe, labels shuffled": facts["shuffled"]}
+def make_saved(
+    everything: pd.DataFrame,
+    labels: Labels,
+    has_label: np.ndarray,
+    task: Task,
+    rows: dict[str, Row],
+) -> pd.DataFrame:
+    """The table of --save: texts, label, fold from 1 on, a probability for each row of the report.
+
+    Samples without a label are there too, their label empty, so that it can be filled in.
+    """
+    texts = ["question_id", "image_id", "question", "ground_truth_answer", "answer"]
+    saved = everything[texts].copy()
+    saved["label"] = labels.values.map({0.0: labels.classes[0], 1.0: labels.classes[1]})
+    saved["fold"] = pd.Series(dtype="Int64")
+    saved.loc[has_label, "fold"] = task.fold_of + 1
+    for name, row in rows.items():
+        saved.loc[has_label, name] = row.probabilities
+    return saved
 
 
-def show_cell(cell: dict | None) -> str:
-    """Mean and spread of a cell, or a dash where there is nothing to measure."""
-    return f"{cell['mean']:.2f}±{cell['sd']:.2f}" if cell else "-"
+# ── probe: showing ──
+def show_number(value: float | None, width: int) -> str:
+    """Two decimals, or a dash, to the right of so many columns."""
+    return f"{'-' if value is None else format(value, '.2f'):>{width}}"
 
 
-def show_layers(cells: dict[str, dict]) -> str:
-    """A row for each layer and a column for each representation."""
+def show_cells(cells: dict[str, dict]) -> Iterator[str]:
+    """A row for each layer and a column for each representation; below it what has no layers."""
     table = pd.DataFrame(dtype=object)
+    levels = []
     for name, cell in cells.items():
         kind, _, layer = name.partition("_representation/layer_")
+        shown = f"{cell['mean']:.2f}±{cell['sd']:.2f}"
         if layer:
-            table.loc[int(layer), kind] = show_cell(cell)
-    return table.rename_axis("layer").reset_index().to_string(index=False) if len(table) else ""
+            table.loc[int(layer), kind] = shown
+        else:
+            levels.append(f"{kind.removesuffix('_representation'):<23}{shown}")
+    if len(table):
+        yield table.fillna("-").rename_axis("layer").reset_index().to_string(index=False)
+    yield from levels
 
 
-def show_measures(facts: dict) -> Iterator[str]:
-    """What papers print of each representation's best cell and of each baseline; by category."""
-    (_, num_negative), (positive, num_positive) = facts["classes"].items()
-    share = f"{num_positive / (num_negative + num_positive):.2f}"
-    cells = {name: cell for name, cell in facts["cells"].items() if "f1" in cell}
-    cells = {re.sub("_representation(/layer_)?", " ", name): cells[name] for name in cells}
-    every = cells | {name: cell for name, cell in facts["baselines"].items() if cell}
-    table = {name: [np.mean(cell[key]) for key in HEADINGS] for name, cell in every.items()}
-    yield f"\nbest cells, means of the folds; AUPRC by chance {share}, the share of {positive!r}"
-    table = pd.DataFrame(table, index=HEADINGS.values())
-    yield table.T.to_string(float_format="{:.2f}".format)
-    if facts["by"]:
-        table = pd.DataFrame(facts["by"], index=["samples", repr(positive)]).T
-        for name, cell in cells.items():
-            aurocs = (cell["by"][category] for category in table.index)
-            table[name] = ["-" if auroc is None else f"{auroc:.2f}" for auroc in aurocs]
-        yield f"\nAUROC by category\n{table.rename(lambda name: one_line(name, 20)).to_string()}"
+def show_report(report: dict[str, dict]) -> Iterator[str]:
+    """The report: a line for each representation and baseline, then the layers that were chosen."""
+    width = max(21, *map(len, report))
+    heading = f"{'':<{width}} AUROC  interval"
+    for title in HEADINGS.values():
+        heading += f"{title:>{max(5, len(title) + 1)}}"
+    yield heading
+    for name, figures in report.items():
+        bounds = ""
+        if figures["auroc_low"] is not None:
+            bounds = f"{figures['auroc_low']:.2f}-{figures['auroc_high']:.2f}"
+        line = f"{name:<{width}}{show_number(figures['auroc'], 6)}{bounds:>10}"
+        for key, title in HEADINGS.items():
+            line += show_number(figures[key], max(5, len(title) + 1))
+        yield line
+    yield ""
+    for name, figures in report.items():
+        if figures["layers"] and None not in figures["layers"]:
+            layers = " ".join(map(str, figures["layers"]))
+            yield f"{name:<{width}} layers chosen, by fold: {layers}"
+
+
+def show_categories(facts: dict) -> Iterator[str]:
+    """AUROC by category of --by."""
+    table = pd.DataFrame(index=[one_line(name, 20) for name in facts["by"]])
+    of_categories = facts["by"].values()
+    table["samples"] = [of_one["num_samples"] for of_one in of_categories]
+    table[repr(facts["positive"])] = [of_one["num_positive"] for of_one in of_categories]
+    for row in next(iter(of_categories))["auroc"]:
+        table[row] = [show_number(of_one["auroc"][row], 0) for of_one in of_categories]
+    yield f"\nAUROC by category (-: fewer than {MIN_IN_CATEGORY} samples of a class)"
+    yield table.to_string()
 
 
 def show_probe(facts: dict) -> Iterator[str]:
     """What was tried, and the tables."""
-    yield f"label    {facts['label']}"
+    positive = facts["positive"]
+    yield f"label     {facts['label']}; positive is {positive!r}"
     if facts["rule"]:
         yield facts["rule"]
     classes = (f"{count:,} × {one_line(name, 24)}" for name, count in facts["classes"].items())
-    yield f"samples  {', '.join(classes)}; {facts['num_without_label']:,} without a label"
+    yield f"samples   {', '.join(classes)}; {facts['num_without_label']:,} without a label"
+    for name, examples in facts["examples"].items():
+        for truth, answer in examples:
+            yield f"{name:<10}{one_line(truth, 24)} → {one_line(answer, 42)}"
     for note in facts["notes"]:
-        yield f"note     {note}"
-    yield f"folds    {len(facts['folds'])}; each of the {facts['num_images']:,} images in one only"
-    yield f"probe    {facts['probe']}"
-    yield "\nAUROC, mean±standard deviation of the folds"
-    yield show_layers(facts["cells"])
-    yield ""
-    for name, cell in list_levels(facts).items():
-        yield f"{name:<30}{show_cell(cell)}"
-    yield from show_measures(facts)
+        yield f"note      {note}"
+    group = "images" if facts["group"] == "image" else f"groups of {facts['group']}"
+    num_folds = len(facts["folds"])
+    yield f"folds     {num_folds}; each of the {facts['num_groups']:,} {group} in one only"
+    yield f"probe     {facts['probe']}; seed {facts['seed']}"
+    yield "\nAUROC by layer, mean±standard deviation of the folds: each cell by itself"
+    yield from show_cells(facts["cells"])
+    yield "\nreport: layer and penalty chosen inside the training folds; 95 % intervals"
+    yield from show_report(facts["report"])
+    yield f"\nAUROC of {facts['best']} minus that of"
+    for name, found in facts["differences"].items():
+        yield f"{name:<26}{found['auroc']:6.2f}  from {found['low']:.2f} to {found['high']:.2f}"
+    if facts["by"]:
+        yield from show_categories(facts)
     if facts["leaks"]:
-        yield "\nEven shuffled labels are told: something leaks into the folds; trust no cell."
+        yield "\nEven shuffled labels can be read: something leaks between folds; trust no figure."
+
+
+NUM_LEVELS = 4  # baselines in the picture
+DASHES = ["--", ":", "-.", (0, (5, 1))]
+
+
+def draw_layers(axes, cells: dict[str, dict]) -> None:
+    """A line by layer for each representation, bars for its spread; dashed for other runs."""
+    lines = {}
+    for name, cell in cells.items():
+        title, _, layer = name.partition("_representation/layer_")
+        if layer:
+            lines.setdefault(title, []).append((int(layer), cell["mean"], cell["sd"]))
+    for title, points in lines.items():
+        kind = title.rpartition(": ")[2]
+        place = [name.removesuffix("_representation") for name in KINDS].index(kind)
+        layers, means, spreads = np.array(sorted(points)).T
+        bars = [spreads, np.minimum(spreads, 1 - means)]  # no AUROC is above 1
+        is_own = title == kind
+        axes.errorbar(
+            layers,
+            means,
+            bars,
+            linestyle="-" if is_own else "--",
+            marker="os^"[place],
+            markerfacecolor=COLORS[place] if is_own else "white",
+            color=COLORS[place],
+            markersize=4,
+            label=title,
+        )
 
 
 def plot_probe(path: Path, facts: dict) -> None:
-    """Draw AUROC by layer: a line with its spread for a representation, a level for all else."""
+    """Draw AUROC by layer; the best row's interval as a band, and the best baselines as levels."""
     figure = new_figure(8, 4.5)
     title = one_line(Path(facts["label"]).name, 80)
     axes = figure.add_subplot(xlabel="layer", ylabel="AUROC", title=title)
-    for kind, color, marker in zip(KINDS, COLORS, "os^"):
-        of_kind = {name: cell for name, cell in facts["cells"].items() if name.startswith(kind)}
-        points = [(layer_of(name), cell["mean"], cell["sd"]) for name, cell in of_kind.items()]
-        if points:
-            axes.errorbar(*zip(*points), None, f"{marker}-", c=color, ms=4, label=kind)
-    for (name, cell), color, dashes in zip(list_levels(facts).items(), COLORS[3:], DASHES):
-        if cell:
-            label = f"{name}  {show_cell(cell)}"
-            axes.axhline(cell["mean"], c=color, lw=1.2, ls=dashes, label=label)
-    axes.axhline(0.5, c="#BBBBBB", lw=0.8, zorder=0)
+    draw_layers(axes, facts["cells"])
+    best = facts["report"][facts["best"]]
+    label = f"report: {facts['best']}  {best['auroc']:.2f}, 95 % interval"
+    axes.axhspan(best["auroc_low"], best["auroc_high"], color="#BBBBBB", alpha=0.35, lw=0)
+    axes.axhline(best["auroc"], color="#777777", lw=1.2, label=label)
+    names = {name for name in facts["report"] if ": " not in name} - {facts["best"], CHANCE}
+    names -= {name.removesuffix("_representation") for name in KINDS}
+    levels = {name: facts["report"][name]["auroc"] for name in names}
+    ranked = sorted(levels, key=lambda name: (-levels[name], name))
+    for name, color, dashes in zip(ranked[:NUM_LEVELS], COLORS[3:], DASHES):
+        label = f"{name}  {levels[name]:.2f}"
+        axes.axhline(levels[name], color=color, lw=1.2, linestyle=dashes, label=label)
+    axes.axhline(0.5, color="#BBBBBB", lw=0.8, zorder=0)
+    lowest = min([cell["mean"] - cell["sd"] for cell in facts["cells"].values()])
+    lowest = min(lowest, best["auroc_low"], *[levels[name] for name in ranked[:NUM_LEVELS]])
+    axes.set_ylim(min(0.4, np.floor(10 * max(lowest, 0)) / 10), 1)
     figure.legend(loc="outside right center", frameon=False, handlelength=4)
     figure.savefig(path, dpi=150)
 
@@ -946,12 +1601,15 @@ MODE_FLAGS = {  # which flags go with what is to be done
     "verify": {"vqa_dataset"},
     "export": {"representation", "layer"},
     "plot": {"representation", "layer", "color_by"},
-    "probe": {"representation", "layer", "above", "by", "probe_model", "json", "plot"},
+    "probe": {
+        *("representation", "layer", "above", "positive", "by", "group", "beside", "probe_model"),
+        *("seed", "save", "json", "plot"),
+    },
 }
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[str, argparse.Namespace]:
-    """What is to be done, and its flags; status 2 where they do not fit."""
+def make_parser() -> argparse.ArgumentParser:
+    """All options."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
@@ -969,20 +1627,51 @@ def parse_arguments(argv: list[str] | None) -> tuple[str, argparse.Namespace]:
     add("--layer", type=int, metavar="I", help="view, export, plot, probe: only this")
     add("--color-by", metavar="WHAT", help="plot: ground_truth_answer, ... or CSV:COLUMN")
     add("--above", type=float, metavar="X", help="probe: the column's numbers above X are a class")
-    add("--by", metavar="CSV:COLUMN", help="probe: the best cells' AUROC by category, too")
+    add("--positive", metavar="VALUE", help="probe: the class to find (wrong, or the last value)")
+    add("--group", metavar="CSV:COLUMN", help="probe: what may not be in two folds (the image)")
+    add("--by", metavar="CSV:COLUMN", help="probe: AUROC by category, and of the category alone")
+    add("--beside", action="append", metavar="NAME=DIR", help="probe: another run; repeatable")
     add("--probe-model", choices=PROBES, default="linear", help="probe: linear, or HALP's mlp")
+    add("--seed", type=int, default=0, metavar="N", help="probe: of all that is random (0)")
+    add("--save", type=Path, metavar="FILE", help="probe: .csv of labels, folds and probabilities")
+    return parser
+
+
+def check_probe_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Status 2 where the options of --probe do not fit."""
+    if args.probe != ANSWER_IS_WRONG and ":" not in args.probe:
+        parser.error(f"--probe: LABEL is CSV:COLUMN or {ANSWER_IS_WRONG}, not {args.probe}")
+    for name, value in (("--by", args.by), ("--group", args.group)):
+        if value is not None and ":" not in value:
+            parser.error(f"{name}: it needs CSV:COLUMN, not {value}")
+    if args.above is not None and args.probe == ANSWER_IS_WRONG:
+        parser.error("--above is for the numbers of a CSV")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed: a number from 0 to {2**32 - 1}, not {args.seed}")
+    names = []
+    for spec in args.beside or []:
+        name, equals, directory = spec.partition("=")
+        if not (name and equals and directory) or ":" in name:
+            parser.error(f"--beside: it needs NAME=DIR, the name without a colon, not {spec}")
+        names.append(name)
+    if len(set(names)) < len(names):
+        parser.error("--beside: each run needs a name of its own")
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[str, argparse.Namespace]:
+    """What is to be done, and its flags; status 2 where they do not fit."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     mode = next((name for name in ("verify", "export", "probe", "plot") if name in given), "view")
     for name in sorted(given - MODE_FLAGS[mode] - {mode, "paths"}):
         parser.error(f"--{name.replace('_', '-')} does not go with {mode}")
-    for path, suffixes in ((args.export, ".npz"), (args.plot, ".png .pdf .svg")):
+    outputs = ((args.export, ".npz"), (args.plot, ".png .pdf .svg"), (args.save, ".csv"))
+    for path, suffixes in outputs:
         if path and path.suffix not in suffixes.split():
             parser.error(f"{path}: the name must end in one of {suffixes}")
-    if args.probe and args.probe != ANSWER_IS_WRONG and ":" not in args.probe:
-        parser.error(f"--probe: LABEL is CSV:COLUMN or {ANSWER_IS_WRONG}, not {args.probe}")
-    if args.above is not None and args.probe == ANSWER_IS_WRONG:
-        parser.error("--above is for the numbers of a CSV")
+    if mode == "probe":
+        check_probe_flags(parser, args)
     return mode, args
 
 
@@ -996,6 +1685,59 @@ def find_samples(samples: Samples, question_ids: list[str]) -> Samples:
     return [by_id[question_id] for question_id in dict.fromkeys(question_ids)]
 
 
+def check_can_write(path: Path) -> None:
+    """Raises ValueError, before hours of work, where a file cannot be written."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no directory {path.parent}; make it first")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written; choose another name or directory")
+
+
+def run_probe(samples: Samples, vectors: Vectors, args: argparse.Namespace) -> Iterator[str]:
+    """The lines of --probe; what is to be written is checked before, and written after them."""
+    for path in filter(None, (args.plot, args.save)):
+        check_can_write(path)
+    if args.plot:
+        new_figure(1, 1)  # which needs matplotlib
+    options = ProbeOptions(
+        label=args.probe,
+        above=args.above,
+        positive=args.positive,
+        by=args.by,
+        group=args.group,
+        model=args.probe_model,
+        seed=args.seed,
+        representation=args.representation,
+        layer=args.layer,
+    )
+    facts, saved = probe(samples, vectors, args.beside or [], options)
+    if args.json:
+        yield json.dumps(facts, allow_nan=False, indent=1)
+    else:
+        yield from show_probe(facts)
+    if args.save:
+        saved.to_csv(args.save, index=False, encoding="utf-8-sig")
+    if args.plot:
+        plot_probe(args.plot, facts)
+
+
+def run_view(
+    args: argparse.Namespace, parts: dict[Path, dict], samples: Samples, drawn: Samples
+) -> Iterator[str]:
+    """The lines of the default view, or its facts for programs."""
+    vectors = list_vectors(next(iter(parts.values())), args.representation, args.layer)
+    shown = samples[: max(args.max_samples, 0)]
+    if args.question_id:
+        shown = find_samples(samples, args.question_id)
+        drawn = shown
+    facts = describe(parts, samples, drawn, vectors)
+    facts["samples"] = json.loads(read_texts(shown).to_json(orient="records"))  # NaN is null
+    if args.json:
+        yield json.dumps(facts, allow_nan=False, indent=1, default=str)
+    else:
+        yield from show(facts, sys.maxsize if args.question_id else 58)
+
+
 def run(mode: str, args: argparse.Namespace) -> tuple[int, Iterable[str]]:
     """The exit status, and the lines to print. Raises ImportError, OSError or ValueError."""
     if mode == "verify":
@@ -1005,22 +1747,13 @@ def run(mode: str, args: argparse.Namespace) -> tuple[int, Iterable[str]]:
     if mode == "export":
         return 0, export(args.export, samples, vectors)
     if mode == "probe":
-        facts = probe(samples, vectors, (args.probe, args.above), args.by, args.probe_model)
-        if args.plot:
-            plot_probe(args.plot, facts)
-        return 0, [json.dumps(facts, indent=1)] if args.json else show_probe(facts)
+        return 0, run_probe(samples, vectors, args)
     order = np.random.default_rng(0).permutation(len(samples))
-    drawn = [samples[place] for place in sorted(order[: None if args.all else NUM_DRAWN])]
+    num_drawn = len(samples) if args.all else NUM_DRAWN
+    drawn = [samples[place] for place in sorted(order[:num_drawn])]
     if mode == "plot":
         return 0, plot(args.plot, drawn, len(samples), vectors, args.color_by or TEXTS[-1])
-    shown = samples[: max(args.max_samples, 0)]
-    if args.question_id:
-        drawn = shown = find_samples(samples, args.question_id)
-    facts = describe(parts, samples, drawn, vectors)
-    facts["samples"] = json.loads(read_texts(shown).to_json(orient="records"))  # NaN is null
-    if args.json:
-        return 0, [json.dumps(facts, allow_nan=False, indent=1, default=str)]
-    return 0, show(facts, sys.maxsize if args.question_id else 58)
+    return 0, run_view(args, parts, samples, drawn)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1029,7 +1762,8 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has not every script
     try:
         status, lines = run(mode, args)
-        print(*lines, sep="\n", flush=True)
+        for line in lines:
+            print(line, flush=True)
         return status
     except ImportError as error:
         package = str(error.name).partition(".")[0].replace("sklearn", "scikit-learn")
