@@ -428,20 +428,30 @@ def find_unlike_csv(checked: pd.DataFrame, csv_path: Path) -> Iterator[Finding]:
 
 
 # ─────────────────────────────────────── export and plot ───────────────────────────────────────
-def export(path: Path, samples: Samples, vectors: Vectors) -> Iterator[str]:
+def export(path: Path, samples: Samples, vectors: Vectors) -> list[str]:
     """Write texts and matrices, all in one order; what the file holds."""
     texts = read_texts(samples)[["question_id", *TEXTS]]
-    yield f"{path}: {len(samples):,} samples"
     # All texts as UTF-8 bytes: in an array of text each would be as wide as the longest.
     packed = json.dumps(texts.to_dict("list"), ensure_ascii=False).encode()
+    arrays = {"texts": np.frombuffer(packed, np.uint8)}
+    for name in ("question_id", "image_id"):
+        arrays[name] = texts[name].to_numpy(str)
+    lines = [f"{path}: {len(samples):,} samples"]
     partial = path.with_name(f"{path.name}.partial")
-    with zipfile.ZipFile(partial, "w") as archive:
-        for name, width in {"texts": None, **vectors}.items():
-            array = read_matrix(samples, name, width) if width else np.frombuffer(packed, np.uint8)
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, array, allow_pickle=False)
-            yield f"{name:<38}{array.dtype} {list(array.shape)}"
-    os.replace(partial, path)
+    try:
+        with zipfile.ZipFile(partial, "w") as archive:
+            for name in (*arrays, *vectors):
+                array = arrays.get(name)
+                if array is None:
+                    array = read_matrix(samples, name, vectors[name])
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
+                kind = "text" if array.dtype.kind == "U" else array.dtype
+                lines.append(f"{name:<38}{kind} {list(array.shape)}")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return lines
 
 
 def choose_marks(table: pd.DataFrame, field: str) -> list[tuple]:
@@ -539,7 +549,7 @@ DECLARED = re.compile(  # what follows is looked at without being passed, so the
     r"|\\boxed\{(?=(.+))"
     r"|(?:^|\n)\s*\*\*(?=([^\n]+)\*\*\W*$)"
 )
-NAME_ENDS = r"(?![-'’.]?\w)(?=\s*(?:[^\w\s]|\n|$)|\s+(?:because|since|as|is)\b)"
+NAME_ENDS = r"(?![-'’.]?\w)(?=\s*(?:[^\w\s]|\n|$)|\s+(?:because|since|as|is|or|and)\b)"
 OPTION_NAMES = re.compile(  # no letter is an option that could be an article or "I"
     rf"\A\W*([A-Za-z]){NAME_ENDS}"  # a) a dog
     r"|(?i:\boption|\bchoice)\s+\W?([A-Za-z])\b"
@@ -669,7 +679,8 @@ def split_truths(text: str) -> tuple[list[str], str]:
     text = text.strip()
     if re.fullmatch(r"\[.*\]|\([^()]*,[^()]*\)", text, re.DOTALL):
         accepted = [item.strip() for item in read_items(text) if item.strip()]
-        votes = pd.Series([" ".join(split_words(item)) for item in accepted], dtype=str)
+        words = [[word for word in split_words(item) if word not in ARTICLES] for item in accepted]
+        votes = pd.Series(map(" ".join, words), dtype=str)
         if votes.duplicated().any():
             counts = votes.value_counts()
             return list(counts.index[counts >= MIN_VOTES]), "votes"
@@ -794,8 +805,8 @@ CHANCE = "chance"
 HEADINGS = {
     "auroc_train": "train",
     "auprc": "AUPRC",
-    "precision": "prec.",
-    "recall": "rec.",
+    "precision": "prec",
+    "recall": "rec",
     "f1": "F1",
     "threshold": "at",
     "brier": "Brier",
@@ -1072,13 +1083,18 @@ def calibrate(task: Task, scores: np.ndarray) -> tuple[np.ndarray, list[float]]:
     thresholds = []
     for fold in range(task.num_folds):
         is_outer = task.fold_of == fold
-        known_labels = task.labels[~is_outer]
-        # The size of scores is that of the penalty's, and the fit needs numbers near 1.
-        scaled = (scores[fold] / max(scores[fold, ~is_outer].std(), 1e-12))[:, None]
-        platt = LogisticRegression(C=np.inf, max_iter=1000).fit(scaled[~is_outer], known_labels)
-        chances = platt.predict_proba(scaled)[:, 1]
+        labels = task.labels[~is_outer]
+        # The size of scores follows from the penalty, and the fit needs numbers near 1.
+        scaled = scores[fold] / max(scores[fold, ~is_outer].std(), 1e-12)
+        platt = LogisticRegression(C=np.inf, max_iter=1000).fit(scaled[~is_outer, None], labels)
+        slope = platt.coef_.item()
+        shift = platt.intercept_.item()
+        if slope <= 0:  # nothing was learnt: the share of the class, in the order of the scores
+            slope = 1e-6
+            shift = np.log(labels.mean() / (1 - labels.mean()))
+        chances = 1 / (1 + np.exp(-slope * scaled - shift))
         probabilities[is_outer] = chances[is_outer]
-        precision, recall, at = precision_recall_curve(known_labels, chances[~is_outer])
+        precision, recall, at = precision_recall_curve(labels, chances[~is_outer])
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
         thresholds.append(float(at[np.argmax(f1[:-1])]))
     return probabilities, thresholds
@@ -1220,7 +1236,7 @@ def show_progress(items: list, unit: str) -> Iterator:
     started = time.monotonic()
     for num_done, item in enumerate(items):
         if time.monotonic() - started > PROGRESS_SECONDS:
-            print(f"{num_done} of {len(items)} {unit}s", file=sys.stderr, flush=True)
+            print(f"{num_done} of {len(items)} {unit}", file=sys.stderr, flush=True)
             started = time.monotonic()
         yield item
 
@@ -1233,7 +1249,7 @@ def try_states(task: Task, shuffled: Task | None, sources: list[Source]) -> tupl
     cells = {}
     control = {}
     jobs = [(source, name) for source in sources for name in source.vectors]
-    for source, name in show_progress(jobs, "matrix"):
+    for source, name in show_progress(jobs, "matrices"):
         matrix = read_matrix(source.samples, name, source.vectors[name])
         if not np.isfinite(matrix).all():
             raise ValueError(f"{source.title(name)}: not finite; see --verify")
@@ -1331,7 +1347,7 @@ def compare_with_best(rows: dict[str, Row], own: list[str]) -> tuple[str, dict[s
 
 def has_leak(row: Row) -> bool:
     """Whether even shuffled labels can be read, by more than three standard deviations."""
-    return row.figures["auroc"] > 0.5 + 3 * np.nanstd(row.draws)
+    return bool(row.figures["auroc"] > 0.5 + 3 * np.nanstd(row.draws))
 
 
 def describe_categories(
