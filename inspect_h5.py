@@ -719,6 +719,9 @@ def label_answers(table: pd.DataFrame) -> tuple[pd.Series, list[str]]:
         truths = words.map(lambda accepted: [BINARY[word] for word in accepted])
         notes.append(f"ground truths are {' and '.join(sorted(values))}: read as yes and no")
     verdicts = pd.Series(map(judge_all, answers, truths), answers.index, dtype=object)
+    num_cut = int(table.get("answer_truncated", pd.Series(dtype=bool)).sum())
+    if num_cut:
+        notes.append(f"{num_cut:,} answers were cut at --max-new-tokens")
     for reason, count in verdicts[~verdicts.isin([True, False])].value_counts().items():
         notes.append(f"no label: {count:,} answers {reason}")
     return verdicts.map({True: 0.0, False: 1.0}).astype(float), notes
@@ -746,13 +749,9 @@ def check_two_values(label: str, values: list[str]) -> None:
     """Raises ValueError, with what to do, unless these are two values that differ."""
     spellings = {value.casefold() for value in values}
     what = f"{label}: {len(values):,} values instead of two, {show_values(values)}"
-    if "nan" in spellings or (spellings & {"none", "null", "n/a"} and len(values) > 2):
-        raise ValueError(f"{what}; leave the cells of samples without a label empty")
     if len(spellings) < len(values):
         raise ValueError(f"{what}; some differ in upper and lower case only: write them alike")
-    if set(values) == {"-1", "0", "1"}:
-        raise ValueError(f"{what}; if -1 means no label, leave those cells empty")
-    if len(values) > 2:
+    if len(values) > 2 or "nan" in spellings:
         advice = "leave cells without a label empty; of numbers, --above X makes two classes"
         raise ValueError(f"{what}; {advice}")
 
@@ -790,7 +789,7 @@ def read_labels(
 # ──────────────────────────────────────────── probe ────────────────────────────────────────────
 NUM_FOLDS = 5
 MIN_FOLDS = 3
-NUM_DRAWS = 1000  # of the bootstrap
+NUM_BOOTSTRAPS = 1000
 NUM_EPOCHS = 15
 MIN_IN_CATEGORY = 10  # samples of each class for an AUROC of a category
 STRENGTHS = (0.03, 0.3, 3, 30)  # C times the mean squared length of a sample's features
@@ -798,20 +797,12 @@ PROBES = {
     "linear": "logistic regression of standardised vectors",
     "mlp": f"MLP 512-256-128 of standardised vectors, {NUM_EPOCHS} epochs",
 }
-QUESTION_TEXT = "question text alone"
-CATEGORY = "category alone"
 SHUFFLED = "labels shuffled"
 CHANCE = "chance"
-HEADINGS = {
-    "auroc_train": "train",
-    "auprc": "AUPRC",
-    "precision": "prec",
-    "recall": "rec",
-    "f1": "F1",
-    "threshold": "at",
-    "brier": "Brier",
-    "ece": "ECE",
-}
+HEADINGS = {"auroc_train": "train", "auprc": "AUPRC", "precision": "prec", "recall": "rec"}
+HEADINGS |= {"f1": "F1", "threshold": "at", "brier": "Brier", "ece": "ECE"}
+
+Matrix = tuple[str, Samples, str, int]  # its title, samples, the data set's name, its width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -819,42 +810,41 @@ class Task:
     """What is to be read from the states, and the folds in which it is tried."""
 
     labels: np.ndarray  # bool [num_samples]
-    groups: np.ndarray  # str [num_samples]: samples of one group are never on both sides
+    groups: np.ndarray  # str [num_samples]: samples of one group are never in two folds
     fold_of: np.ndarray  # int [num_samples]
     model: str  # one of PROBES
     seed: int
 
-    @property
-    def num_folds(self) -> int:
-        return int(self.fold_of.max()) + 1
+    def folds(self) -> list[np.ndarray]:
+        """The places of each fold's samples."""
+        return [np.flatnonzero(self.fold_of == fold) for fold in range(self.fold_of.max() + 1)]
 
     def has_both_classes(self) -> bool:
         """Whether each fold has an AUROC."""
-        num_samples = np.bincount(self.fold_of)
-        num_positive = np.bincount(self.fold_of, self.labels)
-        return bool(((num_positive > 0) & (num_positive < num_samples)).all())
+        return all(len(set(self.labels[fold])) == 2 for fold in self.folds())
 
 
-@dataclasses.dataclass
-class Cell:
-    """What a probe makes of one matrix; or of several, one of them chosen in each outer fold."""
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a probe made of one outer fold; a list of them, one for each fold, is a cell."""
 
-    names: list[str]  # the matrix, by outer fold
-    strengths: np.ndarray  # float [num_folds]: the C that was chosen
-    inner_auroc: np.ndarray  # float [num_folds]: by which it was chosen, the mean of inner folds
-    auroc_train: np.ndarray  # float [num_folds]
-    # float [num_folds, num_samples], a row for each outer fold: its own samples scored by a probe
-    # of all other folds, the rest by probes that saw neither this fold nor the sample's own.
+    name: str  # the matrix
+    strength: float  # C
+    inner_auroc: float  # mean of the inner folds; penalty and layer are chosen by it
+    auroc: float
+    auroc_train: float
+    # float [num_samples]: of this fold by the probe of all other folds, of every other fold by a
+    # probe that saw neither that fold nor this one.
     scores: np.ndarray
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Row:
     """A line of the report, and what belongs to it."""
 
-    figures: dict[str, float | None]
+    figures: dict
     probabilities: np.ndarray  # float [num_samples], out of fold
-    draws: np.ndarray  # float [NUM_DRAWS]: the AUROC of each bootstrap sample
+    bootstrap: np.ndarray  # float [NUM_BOOTSTRAPS]: the AUROC of each draw
 
 
 def split_by_group(labels: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
@@ -874,394 +864,335 @@ def split_by_group(labels: np.ndarray, groups: np.ndarray, seed: int) -> np.ndar
     raise ValueError(f"too few for a probe: {counts}; each of {MIN_FOLDS} folds needs both")
 
 
-# ── probe: fitting ──
-def make_features(inputs: np.ndarray):
-    """What turns vectors [num_samples, D], texts or categories [num_samples] into features."""
+def make_probe(task: Task, inputs: np.ndarray, strength: float):
+    """What turns inputs into features, and what is fitted on those.
+
+    Inputs are states float32 [num_samples, D], numbers float64 or categories object
+    [num_samples, 1], or texts [num_samples].
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.preprocessing import OneHotEncoder, StandardScaler
-
-    if inputs.ndim == 2 and inputs.dtype == object:
-        return OneHotEncoder(handle_unknown="ignore")
-    if inputs.ndim == 2:
-        return StandardScaler()
-    # Pieces of words: scripts without spaces have no words to count.
-    return TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), sublinear_tf=True)
-
-
-def make_classifier(task: Task, inputs: np.ndarray, strength: float):
-    """Logistic regression, or HALP's network where it was asked for and the inputs are states."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neural_network import MLPClassifier
+    from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-    if task.model == "linear" or inputs.dtype != np.float32:
-        return LogisticRegression(C=strength, max_iter=1000)
-    # A fixed number of epochs: early stopping by accuracy stops at once where a class is rare.
-    return MLPClassifier(
-        hidden_layer_sizes=(512, 256, 128),
-        max_iter=NUM_EPOCHS,
-        n_iter_no_change=NUM_EPOCHS,
-        random_state=task.seed,
-    )
-
-
-def list_strengths(task: Task, inputs: np.ndarray) -> list[float]:
-    """The penalties to try; one where they make no difference to the order of scores."""
-    if inputs.dtype == np.float32:
-        return [1.0] if task.model == "mlp" else [value / inputs.shape[1] for value in STRENGTHS]
-    if inputs.ndim == 1 or inputs.dtype == object:
-        return list(STRENGTHS)  # TF-IDF and one-hot vectors have length 1
-    return [1.0]
+    features = StandardScaler()
+    if inputs.ndim == 1:  # pieces of words: scripts without spaces have no words to count
+        features = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), sublinear_tf=True)
+    elif inputs.dtype == object:
+        features = OneHotEncoder(handle_unknown="ignore")
+    probe = LogisticRegression(C=strength, max_iter=1000)
+    if task.model == "mlp" and inputs.dtype == np.float32:
+        # Early stopping would watch accuracy, and end at once where a class is rare.
+        epochs = {"max_iter": NUM_EPOCHS, "n_iter_no_change": NUM_EPOCHS}
+        probe = MLPClassifier((512, 256, 128), random_state=task.seed, **epochs)
+    return features, probe
 
 
 def score_with(probe, features) -> np.ndarray:
-    """How much a fitted probe takes each sample for positive: [num_samples]."""
+    """How much a fitted probe takes each sample for positive: float [num_samples]."""
     if hasattr(probe, "decision_function"):
         return probe.decision_function(features)
     return probe.predict_proba(features)[:, 1]
 
 
-def fit_and_score(task: Task, inputs: np.ndarray, left_out: tuple[int, ...], strengths: list):
-    """Scores of the folds that are left out by probes of all others, and AUROC on those others.
+def list_strengths(task: Task, inputs: np.ndarray) -> list[float]:
+    """The penalties to try, one where they make no difference to the order of the scores."""
+    if inputs.dtype == np.float64 or (inputs.dtype == np.float32 and task.model == "mlp"):
+        return [1.0]
+    length = inputs.shape[1] if inputs.dtype == np.float32 else 1  # of a sample's features
+    return [strength / length for strength in STRENGTHS]
 
-    A row for each strength: float [num_strengths, num_samples], NaN where not left out.
+
+def fit_and_score(
+    task: Task, inputs: np.ndarray, left_out: tuple[int, ...], strengths: list[float]
+) -> tuple[np.ndarray, list[float]]:
+    """For each strength a probe of all but the folds that are left out.
+
+    Returns its scores of those, float [num_strengths, num_samples] and NaN elsewhere, and its AUROC
+    on the samples that it was fitted on.
     """
     from sklearn.metrics import roc_auc_score
 
     is_left_out = np.isin(task.fold_of, left_out)
     labels = task.labels[~is_left_out]
-    transform = make_features(inputs)
-    train = transform.fit_transform(inputs[~is_left_out])
-    test = transform.transform(inputs[is_left_out])
+    features, _ = make_probe(task, inputs, 1)
+    train = features.fit_transform(inputs[~is_left_out])
+    test = features.transform(inputs[is_left_out])
     scores = np.full((len(strengths), len(inputs)), np.nan)
     auroc_train = []
     for row, strength in enumerate(strengths):
-        probe = make_classifier(task, inputs, strength).fit(train, labels)
+        probe = make_probe(task, inputs, strength)[1].fit(train, labels)
         scores[row, is_left_out] = score_with(probe, test)
         auroc_train.append(roc_auc_score(labels, score_with(probe, train)))
     return scores, auroc_train
 
 
-def try_cell(task: Task, name: str, inputs: np.ndarray) -> Cell:
-    """Probes of one matrix, their penalty chosen anew in each outer fold by the inner folds.
+def try_cell(task: Task, name: str, inputs: np.ndarray) -> list[Outcome]:
+    """Probes of one matrix; in each outer fold the inner folds choose the penalty.
 
-    A probe that was fitted without folds j and k serves both: as the inner fold j of the outer
-    fold k, and the other way round.
+    A probe that was fitted without folds j and k serves both: as inner fold j of the outer fold k,
+    and the other way round.
     """
     from joblib import Parallel, delayed
     from sklearn.metrics import roc_auc_score
 
+    folds = task.folds()
     strengths = list_strengths(task, inputs)
-    folds = range(task.num_folds)
-    pairs = list(itertools.combinations(folds, 2))
+    pairs = list(itertools.combinations(range(len(folds)), 2))
     fit = delayed(fit_and_score)
     fitted = Parallel()(fit(task, inputs, pair, strengths) for pair in pairs)
-    held_out = np.full((task.num_folds, len(strengths), len(inputs)), np.nan)
-    inner = np.full((task.num_folds, len(strengths), task.num_folds), np.nan)
+    held_out = np.full((len(folds), len(strengths), len(inputs)), np.nan)
+    inner_aurocs = np.full((len(folds), len(strengths), len(folds)), np.nan)
     for pair, (scores, _) in zip(pairs, fitted):
-        for outer, other in (pair, pair[::-1]):
-            is_inner = task.fold_of == other
-            held_out[outer][:, is_inner] = scores[:, is_inner]
-            for row in range(len(strengths)):
-                auroc = roc_auc_score(task.labels[is_inner], scores[row, is_inner])
-                inner[outer, row, other] = auroc
-    inner_auroc = np.nanmean(inner, axis=2)  # [num_folds, num_strengths]
-    best = inner_auroc.argmax(axis=1)
-    chosen = np.array(strengths)[best]
-    fitted = Parallel()(fit(task, inputs, (fold,), [chosen[fold]]) for fold in folds)
-    scores = held_out[folds, best]
-    for fold, (outer_scores, _) in enumerate(fitted):
-        is_outer = task.fold_of == fold
-        scores[fold, is_outer] = outer_scores[0, is_outer]
-    auroc_train = np.array([auroc[0] for _, auroc in fitted])
-    return Cell([name] * task.num_folds, chosen, inner_auroc.max(axis=1), auroc_train, scores)
-
-
-def choose_cells(cells: dict[str, Cell]) -> Cell:
-    """In each outer fold the cell that is best on the inner folds; the outer one has no say."""
-    candidates = list(cells.values())
-    inner_auroc = np.array([cell.inner_auroc for cell in candidates])  # [num_cells, num_folds]
-    chosen = [(fold, candidates[place]) for fold, place in enumerate(inner_auroc.argmax(axis=0))]
-    return Cell(
-        names=[cell.names[fold] for fold, cell in chosen],
-        strengths=np.array([cell.strengths[fold] for fold, cell in chosen]),
-        inner_auroc=inner_auroc.max(axis=0),
-        auroc_train=np.array([cell.auroc_train[fold] for fold, cell in chosen]),
-        scores=np.stack([cell.scores[fold] for fold, cell in chosen]),
+        for outer, inner in (pair, pair[::-1]):
+            places = folds[inner]
+            held_out[outer][:, places] = scores[:, places]
+            aurocs = [roc_auc_score(task.labels[places], row[places]) for row in scores]
+            inner_aurocs[outer, :, inner] = aurocs
+    means = np.nanmean(inner_aurocs, axis=2)  # [num_folds, num_strengths]
+    best = means.argmax(axis=1)
+    fitted = Parallel()(
+        fit(task, inputs, (fold,), [strengths[place]]) for fold, place in enumerate(best)
     )
+    cell = []
+    for fold, ((outer_scores,), (auroc_train,)) in enumerate(fitted):
+        places = folds[fold]
+        scores = held_out[fold, best[fold]]
+        scores[places] = outer_scores[places]
+        auroc = roc_auc_score(task.labels[places], scores[places])
+        chosen = means[fold].max()
+        cell.append(Outcome(name, strengths[best[fold]], chosen, auroc, auroc_train, scores))
+    return cell
 
 
-def fold_aurocs(task: Task, cell: Cell) -> list[float]:
-    """The AUROC of each outer fold."""
-    from sklearn.metrics import roc_auc_score
-
-    aurocs = []
-    for fold in range(task.num_folds):
-        is_outer = task.fold_of == fold
-        aurocs.append(float(roc_auc_score(task.labels[is_outer], cell.scores[fold, is_outer])))
-    return aurocs
+def choose_cell(cells: Iterable[list[Outcome]]) -> list[Outcome]:
+    """In each outer fold the cell that is best on the inner folds; the outer fold has no say."""
+    return [max(of_fold, key=lambda outcome: outcome.inner_auroc) for of_fold in zip(*cells)]
 
 
 def shuffle_labels(task: Task) -> Task | None:
-    """The labels dealt to other samples, those of a group together, so that a leak by group shows.
+    """Labels given to other samples, those of a group together, so that a leak by group shows.
 
-    None where no deal in a hundred leaves both classes in every fold.
+    None where no order in a hundred leaves both classes in every fold.
     """
     rng = np.random.default_rng(task.seed)
-    order = np.argsort(task.groups, kind="stable")  # samples group by group
+    places = np.argsort(task.groups, kind="stable")  # samples group by group
     by_group = [group.to_numpy() for _, group in pd.Series(task.labels).groupby(task.groups)]
     for _ in range(100):
         labels = np.empty_like(task.labels)
-        places = rng.permutation(len(by_group))
-        labels[order] = np.concatenate([rng.permutation(by_group[place]) for place in places])
+        order = rng.permutation(len(by_group))
+        labels[places] = np.concatenate([rng.permutation(by_group[group]) for group in order])
         shuffled = dataclasses.replace(task, labels=labels)
         if shuffled.has_both_classes():
             return shuffled
     return None
 
 
-# ── probe: figures ──
+# ────────────────────────────────────────── the report ───────────────────────────────────────────
 def draw_weights(task: Task) -> list[np.ndarray]:
-    """The bootstrap's samples: how often each sample is drawn, float32 [NUM_DRAWS, size of fold].
+    """How often the bootstrap draws each sample: int [NUM_BOOTSTRAPS, size of fold] by fold.
 
-    Groups are drawn with replacement within each fold, as many as the fold has.
+    Groups are drawn with replacement within each fold, as many as it has.
     """
     rng = np.random.default_rng(task.seed)
     weights = []
-    for fold in range(task.num_folds):
-        names, group_of = np.unique(task.groups[task.fold_of == fold], return_inverse=True)
-        counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), NUM_DRAWS)
-        weights.append(counts[:, group_of].astype(np.float32))
+    for fold in task.folds():
+        names, group_of = np.unique(task.groups[fold], return_inverse=True)
+        shares = np.full(len(names), 1 / len(names))
+        weights.append(rng.multinomial(len(names), shares, NUM_BOOTSTRAPS)[:, group_of])
     return weights
 
 
 def weighted_aurocs(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The AUROC under each row of weights [NUM_DRAWS, size of fold]; NaN without both classes."""
+    """The AUROC under each row of weights [num_rows, num_samples]; NaN without both classes."""
     order = np.argsort(scores, kind="stable")
-    is_first = np.diff(scores[order], prepend=np.nan) != 0  # of those with equal scores
-    starts = np.flatnonzero(is_first)
-    ordered = weights[:, order].astype(np.float64)
-    positive = np.add.reduceat(ordered * labels[order], starts, axis=1)
-    negative = np.add.reduceat(ordered * ~labels[order], starts, axis=1)
+    starts = np.flatnonzero(np.diff(scores[order], prepend=np.nan))  # of samples of equal score
+    positive = np.add.reduceat(weights[:, order] * labels[order], starts, axis=1)
+    negative = np.add.reduceat(weights[:, order] * ~labels[order], starts, axis=1)
     below = negative.cumsum(axis=1) - negative / 2  # ties count half
     with np.errstate(invalid="ignore"):
         return (positive * below).sum(axis=1) / (positive.sum(axis=1) * negative.sum(axis=1))
 
 
-def draw_aurocs(task: Task, scores: np.ndarray, weights: list[np.ndarray]) -> np.ndarray:
-    """The mean AUROC of the folds in each bootstrap sample: float [NUM_DRAWS].
-
-    A fold of which only one class was drawn is left out of that mean.
-    """
-    by_fold = []
-    for fold, of_fold in enumerate(weights):
-        is_outer = task.fold_of == fold
-        by_fold.append(weighted_aurocs(task.labels[is_outer], scores[fold, is_outer], of_fold))
-    return np.nanmean(by_fold, axis=0)
-
-
-def interval(draws: np.ndarray) -> list[float]:
-    """The bounds of 95 % of the draws."""
-    return np.nanpercentile(draws, [2.5, 97.5]).tolist()
-
-
 def calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """Expected calibration error in ten bins of equal width (Guo et al. 2017)."""
     bins = np.minimum((10 * probabilities).astype(int), 9)
-    return float(np.abs(np.bincount(bins, labels - probabilities)).sum() / len(labels))
+    return np.abs(np.bincount(bins, labels - probabilities)).sum() / len(labels)
 
 
-def calibrate(task: Task, scores: np.ndarray) -> tuple[np.ndarray, list[float]]:
-    """Out-of-fold probabilities [num_samples], and each fold's threshold with the best F1.
+def calibrate(labels: np.ndarray, scores: np.ndarray, fold: np.ndarray) -> tuple:
+    """Probabilities of a fold's samples, and the threshold with the best F1.
 
-    Platt's scaling and the threshold are fitted on the training folds, on scores of probes that
-    did not know the sample's own fold: those of known samples are too good for that.
+    Both are fitted on the other folds, on scores of probes that did not know the sample's own
+    fold: those of known samples are too good for that.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import precision_recall_curve
 
-    probabilities = np.empty(len(task.labels))
-    thresholds = []
-    for fold in range(task.num_folds):
-        is_outer = task.fold_of == fold
-        labels = task.labels[~is_outer]
-        # The size of scores follows from the penalty, and the fit needs numbers near 1.
-        scaled = scores[fold] / max(scores[fold, ~is_outer].std(), 1e-12)
-        platt = LogisticRegression(C=np.inf, max_iter=1000).fit(scaled[~is_outer, None], labels)
-        slope = platt.coef_.item()
-        shift = platt.intercept_.item()
-        if slope <= 0:  # nothing was learnt: the share of the class, in the order of the scores
-            slope = 1e-6
-            shift = np.log(labels.mean() / (1 - labels.mean()))
-        chances = 1 / (1 + np.exp(-slope * scaled - shift))
-        probabilities[is_outer] = chances[is_outer]
-        precision, recall, at = precision_recall_curve(labels, chances[~is_outer])
-        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-        thresholds.append(float(at[np.argmax(f1[:-1])]))
-    return probabilities, thresholds
+    known = np.delete(scores, fold)
+    known_labels = np.delete(labels, fold)
+    size = max(known.std(), 1e-12)  # it follows from the penalty, and the fit needs numbers near 1
+    platt = LogisticRegression(C=np.inf).fit(known[:, None] / size, known_labels)
+    slope = platt.coef_.item()
+    shift = platt.intercept_.item()
+    if slope <= 0:  # nothing was learnt: the share of the class, in the order of the scores
+        slope = 1e-6
+        shift = np.log(known_labels.mean() / (1 - known_labels.mean()))
+    probabilities = 1 / (1 + np.exp(-slope * scores / size - shift))
+    known = np.delete(probabilities, fold)
+    precision, recall, thresholds = precision_recall_curve(known_labels, known)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    return probabilities[fold], float(thresholds[np.argmax(f1[:-1])])
 
 
-def measure(task: Task, cell: Cell, weights: list[np.ndarray]) -> Row:
-    """What a paper prints of a representation or a baseline."""
+def measure(task: Task, cell: list[Outcome], weights: list[np.ndarray]) -> Row:
+    """What a paper prints of a representation or a baseline.
+
+    Brier score, calibration error, precision, recall and F1 are of all samples together.
+    """
     from sklearn import metrics
 
+    probabilities = np.empty(len(task.labels))
+    is_found = np.empty(len(task.labels), bool)
     auprcs = []
-    for fold in range(task.num_folds):
-        is_outer = task.fold_of == fold
-        of_fold = cell.scores[fold, is_outer]
-        auprcs.append(metrics.average_precision_score(task.labels[is_outer], of_fold))
-    probabilities, thresholds = calibrate(task, cell.scores)
-    is_told = probabilities >= np.array(thresholds)[task.fold_of]
-    precision, recall, f1, _ = metrics.precision_recall_fscore_support(
-        task.labels, is_told, average="binary", zero_division=0
-    )
-    draws = draw_aurocs(task, cell.scores, weights)
-    low, high = interval(draws)
+    thresholds = []
+    bootstraps = []
+    for outcome, fold, of_fold in zip(cell, task.folds(), weights, strict=True):
+        labels = task.labels[fold]
+        scores = outcome.scores[fold]
+        auprcs.append(metrics.average_precision_score(labels, scores))
+        bootstraps.append(weighted_aurocs(labels, scores, of_fold))
+        probabilities[fold], threshold = calibrate(task.labels, outcome.scores, fold)
+        is_found[fold] = probabilities[fold] >= threshold
+        thresholds.append(threshold)
+    bootstrap = np.nanmean(bootstraps, axis=0)  # without a fold that has one class in a draw
+    low, high = np.nanpercentile(bootstrap, [2.5, 97.5])
     figures = {
-        "auroc": np.mean(fold_aurocs(task, cell)),
+        "auroc": np.mean([outcome.auroc for outcome in cell]),
         "auroc_low": low,
         "auroc_high": high,
-        "auroc_train": np.mean(cell.auroc_train),
+        "auroc_train": np.mean([outcome.auroc_train for outcome in cell]),
         "auprc": np.mean(auprcs),
-        "precision": precision,
-        "recall": recall,
-        "f1": f1,
+        "precision": metrics.precision_score(task.labels, is_found, zero_division=0),
+        "recall": metrics.recall_score(task.labels, is_found),
+        "f1": metrics.f1_score(task.labels, is_found),
         "threshold": np.mean(thresholds),
         "brier": metrics.brier_score_loss(task.labels, probabilities),
         "ece": calibration_error(task.labels, probabilities),
     }
     figures = {name: float(value) for name, value in figures.items()}
-    figures["thresholds"] = thresholds
-    figures["layers"] = [layer_of(name) for name in cell.names]
-    return Row(figures, probabilities, draws)
+    figures["layers"] = [layer_of(outcome.name) for outcome in cell]
+    return Row(figures, probabilities, bootstrap)
 
 
 def expected_average_precision(num_samples: int, num_positive: int) -> float:
     """The mean average precision of all orders of the samples (Bestgen 2015)."""
-    if num_samples < 2:
-        return float(num_positive)
     harmonic = (1 / np.arange(1, num_samples + 1)).sum()
-    odds = (num_positive - 1) / (num_samples - 1)
-    return float((odds * (num_samples - harmonic) + harmonic) / num_samples)
+    odds = (num_positive - 1) / max(num_samples - 1, 1)
+    return (odds * (num_samples - harmonic) + harmonic) / num_samples
 
 
-def measure_chance(task: Task) -> dict[str, float | None]:
-    """What the report's figures are where nothing is known but the share of the classes."""
+def measure_chance(task: Task) -> dict[str, float]:
+    """What the figures are where nothing is known but the share of the classes."""
     share = float(task.labels.mean())
-    auprcs = []
-    for fold in range(task.num_folds):
-        labels = task.labels[task.fold_of == fold]
-        auprcs.append(expected_average_precision(len(labels), int(labels.sum())))
-    return {
-        "auroc": 0.5,
-        "auroc_low": None,
-        "auroc_high": None,
-        "auroc_train": 0.5,
-        "auprc": float(np.mean(auprcs)),
-        "precision": share,
-        "recall": 1.0,
-        "f1": 2 * share / (1 + share),  # of always yes
-        "threshold": None,
-        "brier": share * (1 - share),
-        "ece": 0.0,
-        "thresholds": [],
-        "layers": [],
-    }
+    of_folds = [task.labels[fold] for fold in task.folds()]
+    auprcs = [expected_average_precision(len(labels), labels.sum()) for labels in of_folds]
+    figures = {"auroc": 0.5, "auroc_train": 0.5, "auprc": float(np.mean(auprcs))}
+    figures |= {"precision": share, "recall": 1.0, "f1": 2 * share / (1 + share)}  # always yes
+    return figures | {"brier": share * (1 - share), "ece": 0.0}
 
 
-def measure_categories(task: Task, cell: Cell, categories: np.ndarray) -> dict[str, float | None]:
-    """AUROC of each category, the mean of the folds that have both classes of it."""
+def measure_categories(task: Task, rows: dict[str, list[Outcome]], categories: np.ndarray) -> dict:
+    """Of each category its size, its positive samples, and AUROC by row.
+
+    AUROC is the mean of the folds that have both classes of it; None if either class is rare.
+    """
     from sklearn.metrics import roc_auc_score
 
-    aurocs = {}
-    for category in sorted(set(categories)):
+    facts = {}
+    for category in sorted(set(categories) - {""}):
         is_inside = categories == category
-        of_folds = []
-        for fold in range(task.num_folds):
-            places = np.flatnonzero(is_inside & (task.fold_of == fold))
-            if len(set(task.labels[places])) == 2:
-                of_folds.append(roc_auc_score(task.labels[places], cell.scores[fold, places]))
-        counts = np.bincount(task.labels[is_inside], minlength=2)
-        is_common = of_folds and counts.min() >= MIN_IN_CATEGORY
-        aurocs[category] = float(np.mean(of_folds)) if is_common else None
-    return aurocs
+        num_negative, num_positive = np.bincount(task.labels[is_inside], minlength=2).tolist()
+        aurocs = dict.fromkeys(rows)
+        for name, cell in rows.items():
+            inside = [fold[is_inside[fold]] for fold in task.folds()]
+            of_folds = [
+                roc_auc_score(task.labels[places], outcome.scores[places])
+                for outcome, places in zip(cell, inside)
+                if len(set(task.labels[places])) == 2
+            ]
+            if of_folds and min(num_negative, num_positive) >= MIN_IN_CATEGORY:
+                aurocs[name] = float(np.mean(of_folds))
+        counts = {"num_samples": num_negative + num_positive, "num_positive": num_positive}
+        facts[category] = counts | {"auroc": aurocs}
+    return facts
 
 
-# ── probe: the run ──
-@dataclasses.dataclass(frozen=True)
-class ProbeOptions:
-    """What is to be probed, and how."""
-
-    label: str  # CSV:COLUMN or answer_is_wrong
-    above: float | None = None
-    positive: str | None = None
-    by: str | None = None  # CSV:COLUMN
-    group: str | None = None  # CSV:COLUMN
-    model: str = "linear"
-    seed: int = 0
-    representation: str | None = None
-    layer: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A run whose states are probed: the one that was given, or one of --beside."""
-
-    name: str  # "" for the one that was given
-    samples: Samples  # those with a label, in the task's order
-    vectors: Vectors
-
-    def title(self, name: str) -> str:
-        """What a row or a cell of this run is called."""
-        return f"{self.name}: {name}" if self.name else name
+# ───────────────────────────────────────── probing files ─────────────────────────────────────────
+def make_task(table: pd.DataFrame, labels: pd.Series, options: argparse.Namespace) -> tuple:
+    """The task of samples that all have a label, and notes on their groups."""
+    # A file may be stored under several names, and two directories may have one name.
+    groups = table.get("image_sha256", table["image_id"]).astype(object)
+    notes = []
+    if options.group:
+        named, notes = read_column(options.group, table["question_id"])
+        if named.isna().any():
+            num_absent = int(named.isna().sum())
+            notes.append(f"{num_absent:,} samples have no group: their image is their group")
+        groups = ("group " + named).fillna(groups)
+    groups = groups.to_numpy(str)
+    is_positive = labels.to_numpy(bool)
+    fold_of = split_by_group(is_positive, groups, options.seed)
+    if len(set(groups)) < 10 * NUM_FOLDS:
+        notes.append(f"{len(set(groups)):,} images or groups are few: intervals are too narrow")
+    return Task(is_positive, groups, fold_of, options.probe_model, options.seed), notes
 
 
-def open_beside(spec: str, question_ids: pd.Series, options: ProbeOptions) -> Source:
-    """Another run of the same questions, NAME=DIR. Raises ValueError."""
+def open_beside(spec: str, table: pd.DataFrame, options: argparse.Namespace) -> list[Matrix]:
+    """The matrices of another run of the same questions, NAME=DIR. Raises ValueError."""
     name, _, directory = spec.partition("=")
     parts, samples = open_run(directory)
     by_id = {unquote(sample[1]): sample for sample in samples}
-    absent = [question_id for question_id in question_ids if question_id not in by_id]
-    if absent:
-        what = f"{len(absent):,} of {len(question_ids):,} samples are not in {directory}"
-        raise ValueError(f"--beside {name}: {what}, first {absent[0]!r}; it needs the same rows")
+    absent = table["question_id"][~table["question_id"].isin(by_id)]
+    if len(absent):
+        what = f"{len(absent):,} of {len(table):,} samples are not in {directory}"
+        raise ValueError(f"--beside {name}: {what}, first {absent.iloc[0]!r}; run it on all rows")
+    samples = [by_id[question_id] for question_id in table["question_id"]]
     vectors = list_vectors(next(iter(parts.values())), options.representation, options.layer)
-    return Source(name, [by_id[question_id] for question_id in question_ids], vectors)
+    return [(f"{name}: {vector}", samples, vector, width) for vector, width in vectors.items()]
 
 
 def show_progress(items: list, unit: str) -> Iterator:
-    """The items one by one: a bar in a terminal, elsewhere a line a minute."""
+    """The items one by one: with a bar in a terminal, elsewhere with a line a minute."""
     if sys.stderr.isatty():
         yield from tqdm(items, unit=unit)
         return
-    started = time.monotonic()
+    shown = time.monotonic()
     for num_done, item in enumerate(items):
-        if time.monotonic() - started > PROGRESS_SECONDS:
+        if time.monotonic() > shown + PROGRESS_SECONDS:
             print(f"{num_done} of {len(items)} {unit}", file=sys.stderr, flush=True)
-            started = time.monotonic()
+            shown = time.monotonic()
         yield item
 
 
-def try_states(task: Task, shuffled: Task | None, sources: list[Source]) -> tuple[dict, dict]:
-    """A cell for each matrix of each run, and the same of the first run with labels shuffled.
+def try_states(task: Task, shuffled: Task | None, matrices: list[Matrix]) -> tuple[dict, dict]:
+    """A cell for each matrix, and those of this run with labels shuffled.
 
     One matrix is in memory at a time.
     """
     cells = {}
     control = {}
-    jobs = [(source, name) for source in sources for name in source.vectors]
-    for source, name in show_progress(jobs, "matrices"):
-        matrix = read_matrix(source.samples, name, source.vectors[name])
+    for title, samples, name, width in show_progress(matrices, "matrices"):
+        matrix = read_matrix(samples, name, width)
         if not np.isfinite(matrix).all():
-            raise ValueError(f"{source.title(name)}: not finite; see --verify")
-        cells[source.title(name)] = try_cell(task, name, matrix)
-        if shuffled and not source.name:
+            raise ValueError(f"{title}: not finite; see --verify")
+        cells[title] = try_cell(task, name, matrix)
+        if shuffled and title == name:
             control[name] = try_cell(shuffled, name, matrix)
     return cells, control
 
 
-def try_baselines(
-    task: Task, table: pd.DataFrame, categories: np.ndarray | None
-) -> dict[str, Cell]:
+def try_baselines(task: Task, table: pd.DataFrame, categories: np.ndarray | None) -> dict:
     """Cells of the question's text, of the answers' numbers where stored, and of the category."""
     logprobs = table.get(LOGPROBS, pd.Series(dtype=object))
     lengths = table["num_answer_tokens"]
@@ -1271,7 +1202,7 @@ def try_baselines(
         "least log-probability": logprobs.map(np.min),
         "answer length": lengths if lengths.any() else [],
     }
-    inputs = {QUESTION_TEXT: table["question"].to_numpy(str)}
+    inputs = {"question text alone": table["question"].to_numpy(str)}
     for name, values in numbers.items():
         values = np.asarray(values, np.float64)[:, None]
         if not np.isfinite(values).all():
@@ -1279,33 +1210,103 @@ def try_baselines(
         if len(values):
             inputs[name] = values
     if categories is not None:
-        inputs[CATEGORY] = categories[:, None]
+        inputs["category alone"] = categories[:, None]
     return {name: try_cell(task, name, values) for name, values in inputs.items()}
 
 
-def choose_rows(cells: dict[str, Cell]) -> dict[str, Cell]:
+def choose_rows(cells: dict[str, list[Outcome]]) -> dict[str, list[Outcome]]:
     """A cell for each representation of each run, its layer chosen within the training folds."""
     kinds = {}
-    for name, cell in cells.items():
-        kinds.setdefault(name.replace("_representation", "").partition("/")[0], {})[name] = cell
-    return {kind: choose_cells(of_kind) for kind, of_kind in kinds.items()}
+    for title, cell in cells.items():
+        kind = re.sub("_representation(/layer_[0-9]+)?$", "", title)
+        kinds.setdefault(kind, []).append(cell)
+    return {kind: choose_cell(of_kind) for kind, of_kind in kinds.items()}
 
 
-def make_task(table: pd.DataFrame, labels: pd.Series, options: ProbeOptions) -> tuple[Task, list]:
-    """The task of samples that all have a label, and notes on their groups."""
-    # A file may be stored under several names, and two directories may have one name.
-    groups = table.get("image_sha256", table["image_id"]).astype(object)
-    notes = []
-    if options.group:
-        named, notes = read_column(options.group, table["question_id"])
-        if named.isna().any():
-            count = f"{named.isna().sum():,} samples"
-            notes.append(f"{count} have no value in {options.group}: their image is their group")
-        groups = ("group " + named).fillna(groups)
-    groups = groups.to_numpy(str)
-    is_positive = labels.to_numpy(bool)
-    fold_of = split_by_group(is_positive, groups, options.seed)
-    return Task(is_positive, groups, fold_of, options.model, options.seed), notes
+def compare_with_best(rows: dict[str, Row], own: list[str]) -> tuple[str, dict]:
+    """The best representation of this run, and how far its AUROC is above that of other rows."""
+    best = max(own, key=lambda name: rows[name].figures["auroc"])
+    differences = {}
+    for name in [name for name in rows if name not in own]:
+        auroc = rows[best].figures["auroc"] - rows[name].figures["auroc"]
+        draws = rows[best].bootstrap - rows[name].bootstrap
+        low, high = np.nanpercentile(draws, [2.5, 97.5]).tolist()
+        differences[name] = {"auroc": auroc, "low": low, "high": high}
+    return best, differences
+
+
+def make_report(
+    task: Task, matrices: list[Matrix], baselines: dict, categories: np.ndarray | None
+) -> tuple[dict, dict[str, Row]]:
+    """Try all states: the facts of both tables, and the rows of the report."""
+    shuffled = shuffle_labels(task)
+    cells, control = try_states(task, shuffled, matrices)
+    weights = draw_weights(task)
+    chosen = choose_rows(cells)
+    rows = {name: measure(task, cell, weights) for name, cell in (chosen | baselines).items()}
+    own = {name: cell for name, cell in chosen.items() if ": " not in name}
+    best, differences = compare_with_best(rows, list(own))
+    has_leak = False
+    if shuffled:
+        rows[SHUFFLED] = measure(shuffled, choose_cell(control.values()), weights)
+        spread = np.nanstd(rows[SHUFFLED].bootstrap)
+        has_leak = rows[SHUFFLED].figures["auroc"] > 0.5 + 3 * spread
+    by_itself = {}
+    for title, cell in cells.items():
+        by_itself[title] = {
+            "auroc": [outcome.auroc for outcome in cell],
+            "auroc_train": [outcome.auroc_train for outcome in cell],
+            "C": [outcome.strength for outcome in cell],
+        }
+    report = {name: row.figures for name, row in rows.items()} | {CHANCE: measure_chance(task)}
+    facts = {"cells": by_itself, "report": report, "best": best, "differences": differences}
+    facts["leaks"] = bool(has_leak)
+    facts["by"] = {} if categories is None else measure_categories(task, own, categories)
+    return facts, rows
+
+
+def probe(samples: Samples, vectors: Vectors, options: argparse.Namespace) -> tuple:
+    """How well the label can be read from the states: all facts, and the table of --save."""
+    import sklearn
+    from joblib import parallel_config  # which scikit-learn brings, as threadpoolctl
+    from threadpoolctl import threadpool_limits
+
+    everything = read_texts(samples)
+    labels = read_labels(everything, options.probe, options.above, options.positive)
+    has_label = labels.values.notna().to_numpy()
+    table = everything[has_label].reset_index(drop=True)
+    task, group_notes = make_task(table, labels.values[has_label], options)
+    notes = labels.notes + group_notes
+    categories = None
+    if options.by:
+        column, more_notes = read_column(options.by, table["question_id"])
+        categories = column.fillna("").to_numpy(object)
+        notes += more_notes
+    labelled = list(itertools.compress(samples, has_label))
+    matrices = [(name, labelled, name, width) for name, width in vectors.items()]
+    for spec in options.beside or []:
+        matrices += open_beside(spec, table, options)
+    # A thread a fit: several of BLAS within one would wait for each other.
+    with warnings.catch_warnings(), threadpool_limits(1), parallel_config("threading", n_jobs=-1):
+        warnings.simplefilter("ignore")  # of fits that have not converged
+        baselines = try_baselines(task, table, categories)
+        found, rows = make_report(task, matrices, baselines, categories)
+    facts = {
+        "label": options.probe,
+        "above": options.above,
+        "classes": {name: int((labels.values == k).sum()) for k, name in enumerate(labels.classes)},
+        "positive": labels.classes[1],
+        "num_without_label": int((~has_label).sum()),
+        "examples": draw_examples(everything, labels, options.seed),
+        "notes": notes,
+        "folds": [{"question_id": list(table["question_id"][fold])} for fold in task.folds()],
+        "group": options.group or "image",
+        "num_groups": len(set(task.groups)),
+        "seed": options.seed,
+        "probe": PROBES[options.probe_model],
+        "scikit_learn": sklearn.__version__,
+    }
+    return facts | found, make_saved(everything, labels, task, rows)
 
 
 def draw_examples(table: pd.DataFrame, labels: Labels, seed: int) -> dict[str, list]:
@@ -1319,170 +1320,31 @@ def draw_examples(table: pd.DataFrame, labels: Labels, seed: int) -> dict[str, l
     return examples
 
 
-def describe_cells(task: Task, cells: dict[str, Cell]) -> dict[str, dict]:
-    """The first table: every cell by itself, by outer fold, and mean and spread of its AUROC."""
-    facts = {}
-    for name, cell in cells.items():
-        aurocs = fold_aurocs(task, cell)
-        facts[name] = {
-            "auroc": aurocs,
-            "auroc_train": list(map(float, cell.auroc_train)),
-            "C": list(map(float, cell.strengths)),
-            "mean": float(np.mean(aurocs)),
-            "sd": float(np.std(aurocs, ddof=1)),
-        }
-    return facts
-
-
-def compare_with_best(rows: dict[str, Row], own: list[str]) -> tuple[str, dict[str, dict]]:
-    """The best representation of this run, and how far its AUROC is above that of other rows."""
-    best = max(own, key=lambda name: rows[name].figures["auroc"])
-    differences = {}
-    for name in [name for name in rows if name not in own]:
-        low, high = interval(rows[best].draws - rows[name].draws)
-        auroc = rows[best].figures["auroc"] - rows[name].figures["auroc"]
-        differences[name] = {"auroc": auroc, "low": low, "high": high}
-    return best, differences
-
-
-def has_leak(row: Row) -> bool:
-    """Whether even shuffled labels can be read, by more than three standard deviations."""
-    return bool(row.figures["auroc"] > 0.5 + 3 * np.nanstd(row.draws))
-
-
-def describe_categories(
-    task: Task, cells: dict[str, Cell], categories: np.ndarray | None
-) -> dict[str, dict]:
-    """The size of each category of --by, its positive samples, and AUROC by row."""
-    if categories is None:
-        return {}
-    aurocs = {name: measure_categories(task, cell, categories) for name, cell in cells.items()}
-    facts = {}
-    for category in sorted(set(categories) - {""}):
-        is_inside = categories == category
-        facts[category] = {
-            "num_samples": int(is_inside.sum()),
-            "num_positive": int(task.labels[is_inside].sum()),
-            "auroc": {name: of_row[category] for name, of_row in aurocs.items()},
-        }
-    return facts
-
-
-def make_report(
-    task: Task,
-    sources: list[Source],
-    baselines: dict[str, Cell],
-    categories: np.ndarray | None,
-) -> tuple[dict, dict[str, Row]]:
-    """Try all states: the facts of both tables, and the rows of the report."""
-    shuffled = shuffle_labels(task)
-    cells, control = try_states(task, shuffled, sources)
-    weights = draw_weights(task)
-    chosen = choose_rows(cells)
-    own = [name for name in chosen if ": " not in name]
-    rows = {name: measure(task, cell, weights) for name, cell in (chosen | baselines).items()}
-    best, differences = compare_with_best(rows, own)
-    if shuffled:
-        rows[SHUFFLED] = measure(shuffled, choose_cells(control), weights)
-    report = {name: row.figures for name, row in rows.items()}
-    facts = {
-        "cells": describe_cells(task, cells),
-        "report": report | {CHANCE: measure_chance(task)},
-        "best": best,
-        "differences": differences,
-        "leaks": SHUFFLED in rows and has_leak(rows[SHUFFLED]),
-        "by": describe_categories(task, {name: chosen[name] for name in own}, categories),
-    }
-    return facts, rows
-
-
-def probe(
-    samples: Samples, vectors: Vectors, beside: list[str], options: ProbeOptions
-) -> tuple[dict, pd.DataFrame]:
-    """How well the label can be read from the states: all facts, and the table of --save."""
-    import sklearn
-    from joblib import parallel_config  # which scikit-learn brings, as threadpoolctl
-    from threadpoolctl import threadpool_limits
-
-    everything = read_texts(samples)
-    is_rule = options.label == ANSWER_IS_WRONG
-    labels = read_labels(everything, options.label, options.above, options.positive)
-    has_label = labels.values.notna().to_numpy()
-    table = everything[has_label].reset_index(drop=True)
-    notes = labels.notes
-    num_cut = int(table["answer_truncated"].sum())
-    if is_rule and num_cut:
-        notes.append(f"{num_cut:,} of these answers were cut at --max-new-tokens")
-    task, more_notes = make_task(table, labels.values[has_label], options)
-    notes += more_notes
-    categories = None
-    if options.by:
-        categories, more_notes = read_column(options.by, table["question_id"])
-        categories = categories.fillna("").to_numpy(object)
-        notes += more_notes
-    sources = [Source("", list(itertools.compress(samples, has_label)), vectors)]
-    sources += [open_beside(spec, table["question_id"], options) for spec in beside]
-    # A thread a fit: several of BLAS within one would wait for each other.
-    with warnings.catch_warnings(), threadpool_limits(1), parallel_config("threading", n_jobs=-1):
-        warnings.simplefilter("ignore")  # of fits that have not converged
-        baselines = try_baselines(task, table, categories)
-        facts, rows = make_report(task, sources, baselines, categories)
-    counts = np.bincount(task.labels, minlength=2).tolist()
-    of_folds = [table["question_id"][task.fold_of == fold] for fold in range(task.num_folds)]
-    title = options.label
-    facts = {
-        "label": title if options.above is None else f"{title} above {options.above:g}",
-        "rule": RULE if is_rule else None,
-        "examples": draw_examples(everything, labels, options.seed) if is_rule else {},
-        "notes": notes,
-        "classes": dict(zip(labels.classes, counts, strict=True)),
-        "positive": labels.classes[1],
-        "num_without_label": int((~has_label).sum()),
-        "group": options.group or "image",
-        "num_groups": len(set(task.groups)),
-        "seed": options.seed,
-        "scikit_learn": sklearn.__version__,
-        "probe": PROBES[options.model],
-        "folds": [{"question_id": list(question_ids)} for question_ids in of_folds],
-        **facts,
-    }
-    return facts, make_saved(everything, labels, has_label, task, rows)
-
-
 def make_saved(
-    everything: pd.DataFrame,
-    labels: Labels,
-    has_label: np.ndarray,
-    task: Task,
-    rows: dict[str, Row],
+    table: pd.DataFrame, labels: Labels, task: Task, rows: dict[str, Row]
 ) -> pd.DataFrame:
     """The table of --save: texts, label, fold from 1 on, a probability for each row of the report.
 
     Samples without a label are there too, their label empty, so that it can be filled in.
     """
     texts = ["question_id", "image_id", "question", "ground_truth_answer", "answer"]
-    saved = everything[texts].copy()
+    saved = table[texts].copy()
     saved["label"] = labels.values.map({0.0: labels.classes[0], 1.0: labels.classes[1]})
-    saved["fold"] = pd.Series(dtype="Int64")
-    saved.loc[has_label, "fold"] = task.fold_of + 1
+    places = saved.index[labels.values.notna()]
+    saved["fold"] = pd.Series(task.fold_of + 1, places, dtype="Int64")
     for name, row in rows.items():
-        saved.loc[has_label, name] = row.probabilities
+        saved[name] = pd.Series(row.probabilities, places)
     return saved
 
 
-# ── probe: showing ──
-def show_number(value: float | None, width: int) -> str:
-    """Two decimals, or a dash, to the right of so many columns."""
-    return f"{'-' if value is None else format(value, '.2f'):>{width}}"
-
-
+# ────────────────────────────────────── showing the report ───────────────────────────────────────
 def show_cells(cells: dict[str, dict]) -> Iterator[str]:
     """A row for each layer and a column for each representation; below it what has no layers."""
     table = pd.DataFrame(dtype=object)
     levels = []
-    for name, cell in cells.items():
-        kind, _, layer = name.partition("_representation/layer_")
-        shown = f"{cell['mean']:.2f}±{cell['sd']:.2f}"
+    for title, cell in cells.items():
+        kind, _, layer = title.partition("_representation/layer_")
+        shown = f"{np.mean(cell['auroc']):.2f}±{np.std(cell['auroc'], ddof=1):.2f}"
         if layer:
             table.loc[int(layer), kind] = shown
         else:
@@ -1493,50 +1355,53 @@ def show_cells(cells: dict[str, dict]) -> Iterator[str]:
 
 
 def show_report(report: dict[str, dict]) -> Iterator[str]:
-    """The report: a line for each representation and baseline, then the layers that were chosen."""
+    """A line for each representation and baseline, then the layers that were chosen."""
     width = max(21, *map(len, report))
-    heading = f"{'':<{width}} AUROC  interval"
-    for title in HEADINGS.values():
-        heading += f"{title:>{max(5, len(title) + 1)}}"
-    yield heading
+    widths = {key: max(5, len(title) + 1) for key, title in HEADINGS.items()}
+    titles = (f"{title:>{widths[key]}}" for key, title in HEADINGS.items())
+    yield f"{'':<{width}} AUROC  interval{''.join(titles)}"
     for name, figures in report.items():
+        line = f"{name:<{width}}{figures['auroc']:6.2f}"
         bounds = ""
-        if figures["auroc_low"] is not None:
+        if "auroc_low" in figures:
             bounds = f"{figures['auroc_low']:.2f}-{figures['auroc_high']:.2f}"
-        line = f"{name:<{width}}{show_number(figures['auroc'], 6)}{bounds:>10}"
-        for key, title in HEADINGS.items():
-            line += show_number(figures[key], max(5, len(title) + 1))
+        line += f"{bounds:>10}"
+        for key in HEADINGS:
+            shown = f"{figures[key]:.2f}" if key in figures else "-"
+            line += f"{shown:>{widths[key]}}"
         yield line
     yield ""
     for name, figures in report.items():
-        if figures["layers"] and None not in figures["layers"]:
-            layers = " ".join(map(str, figures["layers"]))
-            yield f"{name:<{width}} layers chosen, by fold: {layers}"
+        layers = [str(layer) for layer in figures.get("layers", []) if layer is not None]
+        if layers:
+            yield f"{name:<{width}} layers chosen, by fold: {' '.join(layers)}"
 
 
 def show_categories(facts: dict) -> Iterator[str]:
     """AUROC by category of --by."""
-    table = pd.DataFrame(index=[one_line(name, 20) for name in facts["by"]])
-    of_categories = facts["by"].values()
-    table["samples"] = [of_one["num_samples"] for of_one in of_categories]
-    table[repr(facts["positive"])] = [of_one["num_positive"] for of_one in of_categories]
-    for row in next(iter(of_categories))["auroc"]:
-        table[row] = [show_number(of_one["auroc"][row], 0) for of_one in of_categories]
+    table = pd.DataFrame(dtype=object)
+    for category, found in facts["by"].items():
+        name = one_line(category, 20)
+        table.loc[name, "samples"] = str(found["num_samples"])
+        table.loc[name, repr(facts["positive"])] = str(found["num_positive"])
+        for row, auroc in found["auroc"].items():
+            table.loc[name, row] = "-" if auroc is None else f"{auroc:.2f}"
     yield f"\nAUROC by category (-: fewer than {MIN_IN_CATEGORY} samples of a class)"
     yield table.to_string()
 
 
 def show_probe(facts: dict) -> Iterator[str]:
     """What was tried, and the tables."""
-    positive = facts["positive"]
-    yield f"label     {facts['label']}; positive is {positive!r}"
-    if facts["rule"]:
-        yield facts["rule"]
+    above = "" if facts["above"] is None else f" above {facts['above']:g}"
+    yield f"label     {facts['label']}{above}; positive is {facts['positive']!r}"
+    if facts["label"] == ANSWER_IS_WRONG:
+        yield RULE
     classes = (f"{count:,} × {one_line(name, 24)}" for name, count in facts["classes"].items())
     yield f"samples   {', '.join(classes)}; {facts['num_without_label']:,} without a label"
-    for name, examples in facts["examples"].items():
-        for truth, answer in examples:
-            yield f"{name:<10}{one_line(truth, 24)} → {one_line(answer, 42)}"
+    if facts["label"] == ANSWER_IS_WRONG:
+        for name, examples in facts["examples"].items():
+            for truth, answer in examples:
+                yield f"{name:<10}{one_line(truth, 24)} → {one_line(answer, 42)}"
     for note in facts["notes"]:
         yield f"note      {note}"
     group = "images" if facts["group"] == "image" else f"groups of {facts['group']}"
@@ -1556,56 +1421,46 @@ def show_probe(facts: dict) -> Iterator[str]:
         yield "\nEven shuffled labels can be read: something leaks between folds; trust no figure."
 
 
-NUM_LEVELS = 4  # baselines in the picture
-DASHES = ["--", ":", "-.", (0, (5, 1))]
-
-
-def draw_layers(axes, cells: dict[str, dict]) -> None:
-    """A line by layer for each representation, bars for its spread; dashed for other runs."""
+def draw_layers(axes: "matplotlib.axes.Axes", cells: dict[str, dict]) -> float:  # noqa: F821
+    """A line by layer for each representation, dashed for other runs; where the lowest bar ends."""
     lines = {}
-    for name, cell in cells.items():
-        title, _, layer = name.partition("_representation/layer_")
+    lowest = 0.5
+    for title, cell in cells.items():
+        name, _, layer = title.partition("_representation/layer_")
+        mean = np.mean(cell["auroc"])
+        spread = np.std(cell["auroc"], ddof=1)
         if layer:
-            lines.setdefault(title, []).append((int(layer), cell["mean"], cell["sd"]))
-    for title, points in lines.items():
-        kind = title.rpartition(": ")[2]
-        place = [name.removesuffix("_representation") for name in KINDS].index(kind)
+            lowest = min(lowest, mean - spread)
+            lines.setdefault(name, []).append((int(layer), mean, spread))
+    kinds = [kind.removesuffix("_representation") for kind in KINDS]
+    for name, points in lines.items():
+        run, _, kind = name.rpartition(": ")
+        color = COLORS[kinds.index(kind)]
         layers, means, spreads = np.array(sorted(points)).T
         bars = [spreads, np.minimum(spreads, 1 - means)]  # no AUROC is above 1
-        is_own = title == kind
-        axes.errorbar(
-            layers,
-            means,
-            bars,
-            linestyle="-" if is_own else "--",
-            marker="os^"[place],
-            markerfacecolor=COLORS[place] if is_own else "white",
-            color=COLORS[place],
-            markersize=4,
-            label=title,
-        )
+        style = {"fmt": "o--", "markerfacecolor": "white"} if run else {"fmt": "o-"}
+        axes.errorbar(layers, means, bars, color=color, markersize=4, label=name, **style)
+    return lowest
 
 
 def plot_probe(path: Path, facts: dict) -> None:
-    """Draw AUROC by layer; the best row's interval as a band, and the best baselines as levels."""
+    """Draw AUROC by layer; the best row's interval as a band, the best baselines as levels."""
     figure = new_figure(8, 4.5)
     title = one_line(Path(facts["label"]).name, 80)
     axes = figure.add_subplot(xlabel="layer", ylabel="AUROC", title=title)
-    draw_layers(axes, facts["cells"])
+    lowest = draw_layers(axes, facts["cells"])
     best = facts["report"][facts["best"]]
-    label = f"report: {facts['best']}  {best['auroc']:.2f}, 95 % interval"
-    axes.axhspan(best["auroc_low"], best["auroc_high"], color="#BBBBBB", alpha=0.35, lw=0)
+    axes.axhspan(best["auroc_low"], best["auroc_high"], color="#BBBBBB", alpha=0.4, lw=0)
+    label = f"{facts['best']}, layer chosen  {best['auroc']:.2f}"
     axes.axhline(best["auroc"], color="#777777", lw=1.2, label=label)
-    names = {name for name in facts["report"] if ": " not in name} - {facts["best"], CHANCE}
-    names -= {name.removesuffix("_representation") for name in KINDS}
+    names = [name for name in facts["differences"] if ": " not in name]
     levels = {name: facts["report"][name]["auroc"] for name in names}
-    ranked = sorted(levels, key=lambda name: (-levels[name], name))
-    for name, color, dashes in zip(ranked[:NUM_LEVELS], COLORS[3:], DASHES):
+    ranked = sorted(levels, key=levels.get, reverse=True)[:4]
+    for name, color, dashes in zip(ranked, COLORS[3:], ["--", ":", "-.", (0, (5, 1))]):
         label = f"{name}  {levels[name]:.2f}"
         axes.axhline(levels[name], color=color, lw=1.2, linestyle=dashes, label=label)
+        lowest = min(lowest, levels[name])
     axes.axhline(0.5, color="#BBBBBB", lw=0.8, zorder=0)
-    lowest = min([cell["mean"] - cell["sd"] for cell in facts["cells"].values()])
-    lowest = min(lowest, best["auroc_low"], *[levels[name] for name in ranked[:NUM_LEVELS]])
     axes.set_ylim(min(0.4, np.floor(10 * max(lowest, 0)) / 10), 1)
     figure.legend(loc="outside right center", frameon=False, handlelength=4)
     figure.savefig(path, dpi=150)
@@ -1667,8 +1522,8 @@ def check_probe_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
     names = []
     for spec in args.beside or []:
         name, equals, directory = spec.partition("=")
-        if not (name and equals and directory) or ":" in name:
-            parser.error(f"--beside: it needs NAME=DIR, the name without a colon, not {spec}")
+        if not (name and equals and directory) or ": " in name:
+            parser.error(f"--beside: it needs NAME=DIR, not {spec}")
         names.append(name)
     if len(set(names)) < len(names):
         parser.error("--beside: each run needs a name of its own")
@@ -1715,18 +1570,7 @@ def run_probe(samples: Samples, vectors: Vectors, args: argparse.Namespace) -> I
         check_can_write(path)
     if args.plot:
         new_figure(1, 1)  # which needs matplotlib
-    options = ProbeOptions(
-        label=args.probe,
-        above=args.above,
-        positive=args.positive,
-        by=args.by,
-        group=args.group,
-        model=args.probe_model,
-        seed=args.seed,
-        representation=args.representation,
-        layer=args.layer,
-    )
-    facts, saved = probe(samples, vectors, args.beside or [], options)
+    facts, saved = probe(samples, vectors, args)
     if args.json:
         yield json.dumps(facts, allow_nan=False, indent=1)
     else:

@@ -158,9 +158,12 @@ def make_task(labels, groups=None, num_folds=5, model="linear", seed=0):
 
 def score_cell(task, scores):
     """A cell that gives every sample this score in each fold."""
-    num_folds = task.num_folds
-    zeros = np.zeros(num_folds)
-    return inspect_h5.Cell(["x"] * num_folds, zeros, zeros, zeros, np.tile(scores, (num_folds, 1)))
+    aurocs = [roc_auc_score(task.labels[fold], scores[fold]) for fold in task.folds()]
+    return [inspect_h5.Outcome("x", 1, 0, auroc, 0, scores) for auroc in aurocs]
+
+
+def mean_auroc(cell):
+    return np.mean([outcome.auroc for outcome in cell])
 
 
 # What the first table says
@@ -168,12 +171,11 @@ def score_cell(task, scores):
 
 def test_the_table_finds_the_layer_and_is_not_fooled_by_the_image(known, facts):
     directory, labels = known
-    cell = facts["cells"][QUERY]
-    assert abs(cell["mean"] - CLOSED_FORM) < cell["sd"]
-    leak = facts["cells"][VISION]
-    assert abs(leak["mean"] - 0.5) < leak["sd"]
-    for name in facts["cells"].keys() - {QUERY, VISION}:
-        assert abs(facts["cells"][name]["mean"] - 0.5) < 0.08
+    aurocs = {name: cell["auroc"] for name, cell in facts["cells"].items()}
+    for name, expected in {QUERY: CLOSED_FORM, VISION: 0.5}.items():
+        assert abs(np.mean(aurocs[name]) - expected) < np.std(aurocs[name])
+    for name in aurocs.keys() - {QUERY, VISION}:
+        assert abs(np.mean(aurocs[name]) - 0.5) < 0.08
     # A random split has each image on both sides.
     _, matrix = inspect_h5.load_embeddings(directory, VISION)
     folds = KFold(5, shuffle=True, random_state=0)
@@ -391,9 +393,9 @@ def test_noise_is_a_half_in_the_report_and_in_the_control():
         matrices = {f"layer {k}": rng.standard_normal((200, 6), np.float32) for k in range(8)}
         for one, found in ((task, reported), (shuffled, control)):
             cells = {name: inspect_h5.try_cell(one, name, matrices[name]) for name in matrices}
-            found.append(np.mean(inspect_h5.fold_aurocs(one, inspect_h5.choose_cells(cells))))
+            found.append(mean_auroc(inspect_h5.choose_cell(cells.values())))
             if one is task:
-                aurocs = [np.mean(inspect_h5.fold_aurocs(one, cell)) for cell in cells.values()]
+                aurocs = [mean_auroc(cell) for cell in cells.values()]
                 best.append(max(aurocs))
     assert np.mean(reported) == pytest.approx(0.5, abs=0.05)
     assert np.mean(control) == pytest.approx(0.5, abs=0.05)
@@ -475,7 +477,7 @@ def test_questions_in_chinese_are_read_as_those_in_english():
         words = [(names[animal], places[rng.integers(2)]) for animal in animals]
         questions = np.array([text.format(*pair) for pair in words])
         cell = inspect_h5.try_cell(task, "text", questions)
-        assert np.mean(inspect_h5.fold_aurocs(task, cell)) == pytest.approx(expected, abs=0.05)
+        assert mean_auroc(cell) == pytest.approx(expected, abs=0.05)
 
 
 def test_the_same_scene_in_two_files_needs_a_group(tmp_path):
@@ -567,11 +569,11 @@ def test_the_text_shows_what_the_json_holds(known, facts, capsys, monkeypatch):
     for layer in (0, 3):
         for kind, shown in zip(KINDS, rows[str(layer)], strict=True):
             cell = facts["cells"][f"{kind}/layer_{layer}"]
-            assert shown == f"{cell['mean']:.2f}±{cell['sd']:.2f}"
+            assert shown == f"{np.mean(cell['auroc']):.2f}±{np.std(cell['auroc'], ddof=1):.2f}"
     lines = {line[:21].strip(): line[21:].split() for line in reversed(below.splitlines())}
     for name, row in facts["report"].items():
         bounds = f"{row['auroc_low']:.2f}-{row['auroc_high']:.2f}" if name != "chance" else None
-        shown = ["-" if row[key] is None else f"{row[key]:.2f}" for key in COLUMNS]
+        shown = [f"{row[key]:.2f}" if key in row else "-" for key in COLUMNS]
         assert lines[name] == [f"{row['auroc']:.2f}", *filter(None, [bounds]), *shown], name
     layers = " ".join(map(str, facts["report"]["query_token"]["layers"]))
     assert f"query_token           layers chosen, by fold: {layers}" in below
@@ -584,8 +586,9 @@ def test_json_has_the_names_of_the_report(facts):
     names = ["first-token entropy", "mean log-probability", "least log-probability"]
     names = ["question text alone", *names, "answer length", "labels shuffled", "chance"]
     assert set(facts["report"]) == {*own, *names}
-    for figures in facts["report"].values():
-        assert {"auroc", "auroc_low", "auroc_high", "layers", *COLUMNS} <= set(figures)
+    for name in facts["report"].keys() - {"chance"}:
+        keys = {"auroc", "auroc_low", "auroc_high", "layers", *COLUMNS}
+        assert set(facts["report"][name]) == keys
     assert set(facts["differences"]) == set(names) - {"labels shuffled", "chance"}
     assert (facts["positive"], facts["seed"]) == ("wrong", 0)
     assert facts["scikit_learn"] == sklearn.__version__
@@ -930,8 +933,12 @@ REFUSED = {
     "a column twice": ("columns.csv:label", {}, "several columns label; it has ['question_id',"),
     "an id twice": ("twice.csv:label", {}, "twice.csv: question_id 'q0007' is there twice"),
     "many texts": ("texts.csv:label", {}, "3 values instead of two, 'a', 'b', 'c'; leave cells"),
-    "three numbers": ("unlabelled.csv:label", {}, "if -1 means no label, leave those cells empty"),
-    "nan": ("nan.csv:label", {}, "'1', 'nan'; leave the cells of samples without a label empty"),
+    "three numbers": (
+        "unlabelled.csv:label",
+        {},
+        "'-1', '0', '1'; leave cells without a label empty",
+    ),
+    "nan": ("nan.csv:label", {}, "'1', 'nan'; leave cells without a label empty"),
     "spellings": ("spellings.csv:label", {}, "'false', 'False', 'true'; some differ in upper and"),
     "many numbers": ("numbers.csv:label", {}, "--above X"),
     "one class": (
