@@ -38,13 +38,17 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-VISION, LINK = "vision_representation", "vision_only_representation"
+VISION = "vision_representation"
+LINK = "vision_only_representation"  # the name that HALP's probe scripts read
 KINDS = ("vision_token_representation", "query_token_representation", "multimodal_representation")
 TEXTS = ["image_id", "question", "answer", "ground_truth_answer"]
 COUNTS = ["row", "num_prompt_tokens", "vision_token_pos", "query_token_pos", "num_answer_tokens"]
-LOGPROBS, ENTROPY = "answer_logprobs", "first_token_entropy"
-VARYING = {"created_at", "dataset", "dataset_sha256", "python_version", "torch_version"}
-VARYING |= {"transformers_version", "device", "device_name", "cuda_version", "cudnn_version"}
+LOGPROBS = "answer_logprobs"
+ENTROPY = "first_token_entropy"
+VARYING = (
+    "created_at dataset dataset_sha256 num_samples python_version torch_version "
+    "transformers_version device device_name cuda_version cudnn_version"
+).split()  # attributes in which the parts of one run may differ
 VARYING_ELSEWHERE = {"checkpoint_interval", "storage_dtype"}  # between directories
 UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
 NUM_DRAWN = 1000  # samples in the table and the plot
@@ -60,10 +64,14 @@ Finding = tuple[str, list[str]]  # what is wrong, and the question_ids that it i
 # ─────────────────────────────────────────── reading ───────────────────────────────────────────
 def find_parts(paths: Paths) -> list[Path]:
     """Part files, each once, in the order given; those of a directory by their number."""
+    if isinstance(paths, str | Path):
+        paths = [paths]
     found = {}
-    for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
-        inside = [path] if path.is_file() else path.glob("gemma3_12b_embeddings_part_*.h5")
-        inside = sorted(inside, key=lambda part: (len(part.name), part))
+    for path in map(Path, paths):
+        inside = [path]
+        if not path.is_file():
+            inside = sorted(path.glob("gemma3_12b_embeddings_part_*.h5"))
+            inside.sort(key=lambda part: len(part.name))  # part 1000 after part 999
         if not inside:
             raise ValueError(f"{path} is no file, and no directory with part files in it")
         for part in inside:
@@ -75,7 +83,9 @@ def find_parts(paths: Paths) -> list[Path]:
 
 def scan_parts(paths: Paths) -> tuple[dict[Path, dict], Samples, list[Finding]]:
     """The attributes of each readable part, all samples in order, why they are not one run."""
-    parts, owners, findings = {}, {}, []
+    parts = {}
+    owners = {}  # the part in which a sample was found first
+    findings = []
     for path in find_parts(paths):
         try:
             with h5py.File(path) as file:
@@ -92,7 +102,8 @@ def scan_parts(paths: Paths) -> tuple[dict[Path, dict], Samples, list[Finding]]:
         if part.get("num_samples") != len(names):
             what = f"num_samples is {part.get('num_samples')}, not {len(names)}"
             findings.append((f"{path}: {what}", []))
-        if twice := [name for name in names if name in owners]:
+        twice = [name for name in names if name in owners]
+        if twice:
             what = f"{path}: question_id stands in {owners[twice[0]]} too"
             findings.append((what, list(map(unquote, twice))))
         owners |= {name: path for name in names if name not in owners}
@@ -101,10 +112,12 @@ def scan_parts(paths: Paths) -> tuple[dict[Path, dict], Samples, list[Finding]]:
 
 def find_differences(path: Path, parts: dict[Path, dict]) -> Iterator[Finding]:
     """Why a part is not of one run with those before it; of other directories less is asked."""
-    part, first = parts[path], next(iter(parts.values()))
+    part = parts[path]
+    first = next(iter(parts.values()))
     sibling = next(other for there, other in parts.items() if there.parent == path.parent)
     is_pinned = re.fullmatch("[0-9a-f]{40,64}", str(part.get("model_revision")))
-    for key in sorted((part.keys() | first.keys() | sibling.keys()) - VARYING - {"num_samples"}):
+    keys = part.keys() | first.keys() | sibling.keys()
+    for key in sorted(keys.difference(VARYING)):
         expected = sibling if key in VARYING_ELSEWHERE else first
         is_same_model = is_pinned and part["model_revision"] == first.get("model_revision")
         if part.get(key) != expected.get(key) and not (key == "model_name" and is_same_model):
@@ -122,13 +135,13 @@ def open_run(paths: Paths) -> tuple[dict[Path, dict], Samples]:
 
 def list_vectors(part: dict, kind: str | None = None, layer: int | None = None) -> Vectors:
     """A sample's vectors, of one representation or layer if it is given, and their lengths."""
-    layered = [f"{name}/layer_{i}" for name in KINDS for i in part["layers"]]
-    widths = {VISION: part["vision_hidden_size"], **dict.fromkeys(layered, part["hidden_size"])}
-    chosen = {
-        name: width
-        for name, width in widths.items()
-        if kind in (None, name.partition("/")[0]) and layer in (None, layer_of(name))
-    }
+    chosen = {}
+    if kind in (None, VISION) and layer is None:
+        chosen[VISION] = part["vision_hidden_size"]
+    for name in KINDS:
+        for i in part["layers"]:
+            if kind in (None, name) and layer in (None, i):
+                chosen[f"{name}/layer_{i}"] = part["hidden_size"]
     if not chosen:
         there = f"{VISION}, {', '.join(KINDS)}, layers {one_line(part['layers'], 40)}"
         raise ValueError(f"no layer {layer} of {kind or 'any representation'}; there are {there}")
@@ -138,17 +151,23 @@ def list_vectors(part: dict, kind: str | None = None, layer: int | None = None) 
 def layer_of(name: str) -> int | None:
     """The layer that a data set's name ends in."""
     layer = name.partition("/layer_")[2]
-    return int(layer) if layer else None
+    if not layer:
+        return None
+    return int(layer)
 
 
 def read(group: h5py.Group, name: str, width: int | None = None) -> np.ndarray | str:
     """A vector float32 [width], or a text, in a third of the time that `group[name][()]` takes."""
-    shape, dtype = ((), h5py.string_dtype()) if width is None else ((width,), np.float32)
-    dataset, values = h5py.h5d.open(group.id, name.encode()), np.empty(shape, dtype)
-    if (dataset.shape, dataset.dtype) != (shape, values.dtype):
-        raise ValueError(f"{dataset.dtype} {dataset.shape}, not {values.dtype} {shape}")
+    values = np.empty((), h5py.string_dtype())
+    if width is not None:
+        values = np.empty(width, np.float32)
+    dataset = h5py.h5d.open(group.id, name.encode())
+    if (dataset.shape, dataset.dtype) != (values.shape, values.dtype):
+        raise ValueError(f"{dataset.dtype} {dataset.shape}, not {values.dtype} {values.shape}")
     dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
-    return values.item().decode() if width is None else values
+    if width is None:
+        return values.item().decode()
+    return values
 
 
 def each(samples: Samples, function: Callable, *args, strict: bool = True) -> Iterator:
@@ -159,10 +178,11 @@ def each(samples: Samples, function: Callable, *args, strict: bool = True) -> It
                 try:
                     yield function(file[name], *args)
                 except UNREADABLE as error:
-                    what, name = f"cannot be opened: {error.args[-1]}", unquote(name)
+                    what = f"cannot be opened: {error.args[-1]}"
+                    question_id = unquote(name)
                     if strict:
-                        raise ValueError(f"{path}, {name!r} {what}") from error
-                    yield {"path": path, "question_id": name, "problems": [what]}
+                        raise ValueError(f"{path}, {question_id!r} {what}") from error
+                    yield {"path": path, "question_id": question_id, "problems": [what]}
 
 
 def read_texts(samples: Samples) -> pd.DataFrame:
@@ -170,8 +190,11 @@ def read_texts(samples: Samples) -> pd.DataFrame:
     columns = [*TEXTS, *COUNTS, "answer_truncated", "image_sha256", ENTROPY, LOGPROBS]
 
     def read_record(group: h5py.Group) -> dict:
-        stored = {LOGPROBS: group[LOGPROBS][()].tolist()} if LOGPROBS in group else {}
-        return {name: read(group, name) for name in TEXTS} | dict(group.attrs) | stored
+        record = {name: read(group, name) for name in TEXTS}
+        record.update(group.attrs)
+        if LOGPROBS in group:
+            record[LOGPROBS] = group[LOGPROBS][()].tolist()
+        return record
 
     table = pd.DataFrame(each(samples, read_record), columns=columns)
     table.insert(0, "question_id", [unquote(name) for _, name in samples])
@@ -204,7 +227,8 @@ def read_table(path: Path, *columns: tuple[str, ...]) -> pd.DataFrame:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            lines, header = list(reader), list(reader.fieldnames or [])
+            lines = list(reader)
+            header = list(reader.fieldnames or [])
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if len(header) == 1 and re.search("[;\t]", header[0]):
@@ -215,11 +239,13 @@ def read_table(path: Path, *columns: tuple[str, ...]) -> pd.DataFrame:
         if header.count(chosen[-1]) != 1:
             what = "several columns" if chosen[-1] else "no column"
             raise ValueError(f"{path} has {what} {' or '.join(names)}; it has {header}")
-    if uneven := [line for line in lines if None in line or None in line.values()]:
+    uneven = [line for line in lines if None in line or None in line.values()]
+    if uneven:
         what = f"{len(uneven):,} rows have more or fewer fields than the header"
         raise ValueError(f"{path}: {what}; check their commas, also at the end")
     table = pd.DataFrame(lines, columns=chosen, dtype=str).set_index("question_id")
-    if len(twice := table.index[table.index.duplicated()]):
+    twice = table.index[table.index.duplicated()]
+    if len(twice):
         raise ValueError(f"{path}: question_id {twice[0]!r} is there twice")
     return table
 
@@ -230,10 +256,12 @@ def read_column(spec: str, question_ids: pd.Series) -> tuple[pd.Series, list[str
     values = read_table(Path(csv_path), (column,))[column]
     absent = question_ids[~question_ids.isin(values.index)].tolist()
     note = f"{len(absent):,} of {len(question_ids):,} samples are not in {csv_path}"
-    note += f", first {absent[:1]} (it has {[*values.index[:1]]}); did leading zeros get lost?"
+    there = values.index[:1].tolist()
+    note += f", first {absent[:1]} (it has {there}); did leading zeros get lost?"
     if len(absent) == len(question_ids):
         raise ValueError(note)
-    values = values.reindex(question_ids).str.strip().replace("", np.nan).reset_index(drop=True)
+    values = values.reindex(question_ids).str.strip()
+    values = values.replace("", np.nan).reset_index(drop=True)
     if values.isna().all():
         raise ValueError(f"{spec}: no sample has a value there")
     return values, [note] if absent else []
@@ -245,19 +273,21 @@ def summarise(matrix: np.ndarray) -> dict[str, float | None]:
     finite = np.isfinite(matrix)
     whole = matrix[finite.all(axis=1)]
     norms = np.sqrt(np.einsum("nd,nd->n", whole, whole, dtype=np.float64))
-    return {
-        "dim": matrix.shape[1],
-        "norm_mean": float(norms.mean()) if len(norms) else None,
-        "norm_std": float(norms.std()) if len(norms) else None,
-        "max_abs": float(np.abs(matrix).max(initial=0, where=finite)),
-        "nonfinite_share": float(1 - finite.mean()),
-    }
+    figures = {"dim": matrix.shape[1], "norm_mean": None, "norm_std": None}
+    if len(norms):
+        figures["norm_mean"] = float(norms.mean())
+        figures["norm_std"] = float(norms.std())
+    figures["max_abs"] = float(np.abs(matrix).max(initial=0, where=finite))
+    figures["nonfinite_share"] = float(1 - finite.mean())
+    return figures
 
 
 def describe_sample(group: h5py.Group, vectors: Iterable[str]) -> dict[str, str]:
     """What a sample holds: types, shapes and compression as they are in the file."""
     tree = dict.fromkeys(TEXTS, "text") | {LINK: f"-> {VISION}"}
-    for name in [LOGPROBS, *vectors] if LOGPROBS in group else vectors:
+    for name in [LOGPROBS, *vectors]:
+        if name == LOGPROBS and name not in group:
+            continue
         dataset = group[name]
         tree[name] = f"{dataset.dtype} {list(dataset.shape)} {dataset.compression or ''}".rstrip()
     return tree
@@ -269,15 +299,19 @@ def describe(parts: dict, samples: Samples, drawn: Samples, vectors: Vectors) ->
     for name in next(iter(parts.values())):
         values = [part.get(name) for part in parts.values()]
         settings[name] = values[0] if values.count(values[0]) == len(values) else values
-    lists = filter(Path.exists, {path.with_name("failed_samples.csv") for path in parts})
+    figures = {}
+    for name, width in vectors.items():
+        if drawn:
+            figures[name] = summarise(read_matrix(drawn, name, width))
+    failed = {path.with_name("failed_samples.csv") for path in parts}
     return {
         "files": list(map(str, parts)),
         "num_samples": len(samples),
-        "num_failed": sum(len(read_table(path)) for path in lists),
+        "num_failed": sum(len(read_table(path)) for path in failed if path.exists()),
         "settings": settings,
         "sample": next(each(drawn[:1], describe_sample, vectors), {}),
         "num_samples_read": len(drawn),
-        "figures": {n: summarise(read_matrix(drawn, n, vectors[n])) for n in vectors if drawn},
+        "figures": figures,
     }
 
 
@@ -286,21 +320,25 @@ def one_line(value: object, width: int = sys.maxsize) -> str:
     text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(value))
     used = np.cumsum([1 + (unicodedata.east_asian_width(char) in "WF") for char in text])
     end = int(np.searchsorted(used, width))  # the first character that does not fit
-    return f"{text[:end]}…" if (used > width).any() else text
+    if (used > width).any():
+        return f"{text[:end]}…"
+    return text
 
 
 def show(facts: dict, width: int) -> Iterator[str]:
     """The facts in lines of 80 columns; `width` cuts what need not be whole."""
-    files, total, num_read = facts["files"], facts["num_samples"], facts["num_samples_read"]
+    files = facts["files"]
     yield files[0] if len(files) == 1 else f"{files[0]} ...\n{files[-1]}"
-    yield f"parts: {len(files)}, samples: {total:,}, failed: {facts['num_failed']:,}"
+    num_samples = facts["num_samples"]
+    yield f"parts: {len(files)}, samples: {num_samples:,}, failed: {facts['num_failed']:,}"
     yield ""
     for name, value in facts["settings"].items():
         yield f"{name:<22}{one_line(str(value).strip('[]'), width)}"
     yield ""
     for name, kind in facts["sample"].items():
         yield f"{name:<38}{kind}"
-    drawn = ", drawn at random" if num_read < total else ""
+    num_read = facts["num_samples_read"]
+    drawn = ", drawn at random" if num_read < num_samples else ""
     yield f"\nfigures of {num_read:,} samples{drawn}"
     if facts["figures"]:
         table = pd.DataFrame(facts["figures"], dtype=object).T.fillna(np.nan)
@@ -309,7 +347,8 @@ def show(facts: dict, width: int) -> Iterator[str]:
     for sample in facts["samples"]:
         yield ""
         yield one_line(f"{sample['question_id']}  {sample['image_id']}", 80)
-        for name in ("question", "ground_truth_answer", "answer") if width < 80 else sample:
+        shown = sample if width > 80 else ("question", "ground_truth_answer", "answer")
+        for name in shown:
             yield f"  {name:<20}{one_line(sample[name], width)}"
 
 
@@ -331,64 +370,81 @@ def verify(paths: list[Path], csv_path: Path | None) -> tuple[int, list[str]]:
     return int(bool(lines)), lines or [f"nothing wrong with {len(samples):,} samples"]
 
 
+def list_expected(group: h5py.Group, part: dict) -> tuple[set[str], dict[str, int | None]]:
+    """The attributes and the data sets that a sample must have; a text's width is None."""
+    version = part.get("schema_version", 1)
+    attributes = {"question_id", "answer_truncated", *COUNTS}
+    widths = dict.fromkeys(TEXTS) | list_vectors(part) | {LINK: part["vision_hidden_size"]}
+    if version >= 3:  # there the order of groups tells the row
+        attributes.remove("row")
+    if version >= 2:
+        attributes |= {"image_sha256", "crc32"}
+    if version >= 2 and part.get("max_new_tokens", 0) > 0:
+        attributes.add(ENTROPY)
+        widths[LOGPROBS] = len(group[LOGPROBS]) if LOGPROBS in group else 0
+    return attributes, widths
+
+
 def check_sample(group: h5py.Group, parts: dict[Path, dict]) -> dict:
     """A sample's texts, a hash of each vector, and the problems with it."""
-    path, name, attributes = Path(group.file.filename), unquote(group.name[1:]), dict(group.attrs)
-    part = parts[path]
-    widths = dict.fromkeys(TEXTS) | list_vectors(part) | {LINK: part["vision_hidden_size"]}
-    expected = {"question_id", "answer_truncated", *COUNTS}
-    if part.get("schema_version", 1) >= 3:  # there the order of groups tells it
-        expected.remove("row")
-    if part.get("schema_version", 1) >= 2:
-        expected |= {"image_sha256", "crc32"}
-        if part.get("max_new_tokens", 0) > 0:
-            expected |= {ENTROPY}
-            widths[LOGPROBS] = len(group[LOGPROBS]) if LOGPROBS in group else 0
-    problems = [f"{attribute} is missing" for attribute in sorted(expected - attributes.keys())]
-    members = {}
-    for member, width in widths.items():
+    path = Path(group.file.filename)
+    question_id = unquote(group.name[1:])
+    attributes = dict(group.attrs)
+    expected, widths = list_expected(group, parts[path])
+    problems = [f"{name} is missing" for name in sorted(expected - attributes.keys())]
+    checked = {"path": path, "question_id": question_id, "problems": problems}
+    checked["image_sha256"] = attributes.get("image_sha256")
+    vectors = {}
+    for name, width in widths.items():
         try:
-            members[member] = read(group, member, width)
+            member = read(group, name, width)
         except UNREADABLE as error:
-            problems.append(f"{member}: {error.args[-1]}")
-    vectors = {member: members[member] for member in members.keys() - set(TEXTS)}
+            problems.append(f"{name}: {error.args[-1]}")
+            continue
+        checked[name] = member
+        if width is not None:
+            vectors[name] = member
+            checked[name] = hash(member.tobytes())
     if not problems:
-        problems = list(find_problems(name, attributes, vectors))
-    members |= {member: hash(vector.tobytes()) for member, vector in vectors.items()}
-    where = {"path": path, "question_id": name, "problems": problems}
-    return where | {"image_sha256": attributes.get("image_sha256")} | members
+        problems += find_problems(question_id, attributes, vectors)
+    return checked
 
 
 def find_problems(name: str, attributes: dict, vectors: dict[str, np.ndarray]) -> Iterator[str]:
     """What cannot be so in a sample that is complete."""
-    logprobs, entropy = vectors.get(LOGPROBS), attributes.get(ENTROPY, 0)
-    num_tokens = attributes["num_answer_tokens"] + (0 if attributes["answer_truncated"] else 1)
     crc = 0
     for member in sorted(vectors.keys() - {LINK}):
         crc = zlib.crc32(vectors[member].astype("<f4").tobytes(), crc)
-    checks = [
-        ("crc32 is not that of the vectors", attributes.get("crc32", crc) != crc),
-        ("question_id differs", str(attributes["question_id"]) != name),
-        (f"{ENTROPY} is {entropy}", not 0 <= entropy < np.inf),
-    ]
+    if attributes.get("crc32", crc) != crc:
+        yield "crc32 is not that of the vectors"
+    if str(attributes["question_id"]) != name:
+        yield "question_id differs"
+    entropy = attributes.get(ENTROPY, 0)
+    if not 0 <= entropy < np.inf:
+        yield f"{ENTROPY} is {entropy}"
     for member, vector in vectors.items():
-        checks.append((f"{member}: not finite", not np.isfinite(vector).all()))
-        if member != LOGPROBS:
-            checks.append((f"{member}: only one value", (vector == vector[0]).all()))
-    if logprobs is not None:
-        number = f"{LOGPROBS}: {len(logprobs)} of them, not {num_tokens}"
-        checks.append((number, len(logprobs) != num_tokens))
-        checks.append((f"{LOGPROBS}: above 0", (logprobs > 0).any()))
-    return (problem for problem, is_so in checks if is_so)
+        if not np.isfinite(vector).all():
+            yield f"{member}: not finite"
+        if member != LOGPROBS and (vector == vector[0]).all():
+            yield f"{member}: only one value"
+    if LOGPROBS in vectors:
+        logprobs = vectors[LOGPROBS]
+        num_tokens = attributes["num_answer_tokens"]
+        num_tokens += 0 if attributes["answer_truncated"] else 1  # the end token
+        if len(logprobs) != num_tokens:
+            yield f"{LOGPROBS}: {len(logprobs)} of them, not {num_tokens}"
+        if (logprobs > 0).any():
+            yield f"{LOGPROBS}: above 0"
 
 
 def find_gaps(directories: list[Path]) -> Iterator[Finding]:
     """Numbers of parts, from 1 on, that a directory has not."""
     for directory in filter(Path.is_dir, directories):
-        numbers = (path.stem.rpartition("_")[2] for path in find_parts(directory))
+        numbers = [path.stem.rpartition("_")[2] for path in find_parts(directory)]
         present = {int(number) for number in numbers if number.isdecimal()}
-        for number in sorted(set(range(1, max(present, default=0))) - present):
-            yield f"{directory}: part {number} is missing", []
+        for number in range(1, max(present, default=0)):
+            if number not in present:
+                yield f"{directory}: part {number} is missing", []
 
 
 def find_in_samples(checked: pd.DataFrame, vectors: list[str]) -> Iterator[Finding]:
@@ -417,7 +473,8 @@ def find_unlike_csv(checked: pd.DataFrame, csv_path: Path) -> Iterator[Finding]:
     rows.columns = ["image_id", "question", "ground_truth_answer"]
     stored = checked.dropna(subset=TEXTS).set_index("question_id")[rows.columns].map(str)
     rows, stored = rows.align(stored, axis=0)
-    absent, alone = stored["question"].isna(), rows["question"].isna()
+    absent = stored["question"].isna()
+    alone = rows["question"].isna()
     findings = {}
     for column in rows:
         findings[f"{column} is another here"] = (rows[column] != stored[column]) & ~absent & ~alone
@@ -454,62 +511,88 @@ def export(path: Path, samples: Samples, vectors: Vectors) -> list[str]:
     return lines
 
 
-def choose_marks(table: pd.DataFrame, field: str) -> list[tuple]:
-    """Samples, and how they are drawn: numbers on a scale, or the ten most frequent texts."""
+def can_draw(text: str) -> bool:
+    """Whether the font of the pictures has every character."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    characters = get_font(findfont(FontProperties())).get_charmap()
+    return all(ord(char) in characters for char in text)
+
+
+def choose_marks(table: pd.DataFrame, field: str) -> tuple[list[tuple], list[str]]:
+    """Samples and how they are drawn: numbers on a scale, or the ten most frequent texts.
+
+    Then a line for each text that the font cannot draw, and whose number stands for it.
+    """
     values = table.get(field, pd.Series(dtype=str)).replace("", np.nan)
     if ":" in field:
         values, _ = read_column(field, table["question_id"])
-    numbers, counts = pd.to_numeric(values, errors="coerce"), values.value_counts()
+    numbers = pd.to_numeric(values, errors="coerce")
+    counts = values.value_counts()
     if counts.empty:
         raise ValueError(f"--color-by {field}: the samples have no values for that")
     if numbers.count() == values.count() and len(counts) > 2:
-        return [(slice(None), {"c": numbers, "plotnonfinite": True})]  # hollow: no value
+        return [(slice(None), {"c": numbers, "plotnonfinite": True})], []  # hollow: no value
     marks = []
+    lines = []
     for (value, count), color, marker in zip(counts.items(), COLORS, "os^Dv*P<X>"):
-        label = f"{count:,} × {one_line(value, 24)}"
+        shown = one_line(value, 24)
+        if not can_draw(shown):
+            shown = f"no. {len(marks) + 1}"
+            lines.append(f"{shown}: {one_line(value)}")
+        label = f"{count:,} × {shown}"
         marks.append((values == value, {"c": color, "marker": marker, "label": label}))
     rest = ~values.isin(counts.index[: len(COLORS)])
     if rest.any():
         marks.append((rest, {"c": "#BBBBBB", "zorder": 0, "label": f"{rest.sum():,} × others"}))
-    return marks
+    return marks, lines
 
 
 def new_figure(width: float, height: float) -> "matplotlib.figure.Figure":  # noqa: F821
     """An empty figure of so many inches."""
     import matplotlib.figure
 
-    warnings.filterwarnings("ignore", "Glyph")  # the font has not every script
+    warnings.filterwarnings("ignore", "Glyph")  # a title may be in a script that the font lacks
     matplotlib.rcParams |= {"font.size": 8, "axes.titlesize": 8, "text.parse_math": False}
     return matplotlib.figure.Figure((width, height), layout="constrained")
 
 
-def plot(path: Path, samples: Samples, total: int, vectors: Vectors, field: str) -> list:
+def find_components(name: str, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two principal components [num_samples, 2], and their shares of the variance."""
+    if len(matrix) < 3 or not np.isfinite(matrix).all():
+        raise ValueError(f"{name}: a plot needs 3 samples, and finite values; see --verify")
+    centred = matrix - matrix.mean(axis=0, dtype=np.float64)
+    variances, units = np.linalg.eigh(centred @ centred.T)  # ascending
+    points = units * np.sqrt(variances.clip(0))
+    shares = variances / max(variances.sum(), np.finfo(float).tiny)
+    return points[:, [-1, -2]], shares[[-1, -2]]
+
+
+def plot(path: Path, samples: Samples, total: int, vectors: Vectors, field: str) -> list[str]:
     """Plot these of `total` samples on two principal components, a panel for each data set."""
     names = sorted(vectors, key=lambda name: name == VISION)  # it has no layers: last
-    columns = len({layer_of(name) for name in names} - {None}) or 1
-    rows = -(-len(names) // columns)
-    figure = new_figure(2.5 * columns + 2, 2.6 * rows + 0.5)
-    marks, label = choose_marks(read_texts(samples), field), one_line(Path(field).name, 30)
+    num_columns = len({layer_of(name) for name in names} - {None}) or 1
+    num_rows = -(-len(names) // num_columns)
+    figure = new_figure(2.5 * num_columns + 2, 2.6 * num_rows + 0.5)
+    marks, lines = choose_marks(read_texts(samples), field)
     shown = f"{len(samples):,} of {total:,} samples"
     figure.suptitle(f"Principal components 1 and 2\n{shown}")
     for position, name in enumerate(names, start=1):
-        matrix = read_matrix(samples, name, vectors[name])
-        if len(matrix) < 3 or not np.isfinite(matrix).all():
-            raise ValueError(f"{name}: a plot needs 3 samples, and finite values; see --verify")
-        centred = matrix - matrix.mean(axis=0, dtype=np.float64)
-        variances, units = np.linalg.eigh(centred @ centred.T)  # ascending
-        points = (units * np.sqrt(variances.clip(0)))[:, :-3:-1]  # [num_samples, 2]
-        shares = variances[:-3:-1] / max(variances.sum(), np.finfo(float).tiny)
+        points, shares = find_components(name, read_matrix(samples, name, vectors[name]))
         title = f"{name}/{shares[0]:.1%} + {shares[1]:.1%} of variance".replace("/", "\n")
-        axes = figure.add_subplot(rows, columns, position, xticks=[], yticks=[], title=title)
+        axes = figure.add_subplot(num_rows, num_columns, position, title=title)
+        axes.set(xticks=[], yticks=[])
         for mask, mark in marks:
-            axes.scatter(*points[mask].T, s=16, lw=0.3, edgecolors="#333", alpha=0.85, **mark)
+            x, y = points[mask].T
+            axes.scatter(x, y, s=16, lw=0.3, edgecolors="#333", alpha=0.85, **mark)
+    title = one_line(Path(field).name, 30)
     if "label" in marks[0][1]:
-        figure.legend(*axes.get_legend_handles_labels(), title=label, loc="outside right center")
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, title=title, loc="outside right center")
     else:
-        figure.colorbar(axes.collections[0], ax=figure.axes, label=label, shrink=0.6)
+        figure.colorbar(axes.collections[0], ax=figure.axes, label=title, shrink=0.6)
     figure.savefig(path, dpi=150)
-    return [f"{path}: {len(names)} panels of {shown}"]
+    return [f"{path}: {len(names)} panels of {shown}", *lines]
 
 
 # ─────────────────────────────────────────── labels ────────────────────────────────────────────
