@@ -600,9 +600,9 @@ ANSWER_IS_WRONG = "answer_is_wrong"
 RULE = """\
           An answer is right if it contains the ground truth as whole words
           (case, punctuation, articles and number words as in VQA accuracy;
-          numbers as numbers). For yes, no and the letter of an option: what the
-          answer declares last ("Answer: ..."), else what it says. No label where
-          this cannot be seen. Synonyms are wrong; "not red, it is blue" is red."""
+          numbers as numbers). For yes, no and the letter of an option: what it
+          declares last ("Answer: ..."), else what it says. No label where this
+          cannot be seen. Synonyms are wrong; "not red, it is blue" says red."""
 MIN_VOTES = 3  # annotators who must have given an answer: the full vote of VQA accuracy
 NUM_EXAMPLES = 3
 UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
@@ -1097,12 +1097,6 @@ def weighted_aurocs(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray)
         return (positive * below).sum(axis=1) / (positive.sum(axis=1) * negative.sum(axis=1))
 
 
-def calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Expected calibration error in ten bins of equal width (Guo et al. 2017)."""
-    bins = np.minimum((10 * probabilities).astype(int), 9)
-    return np.abs(np.bincount(bins, labels - probabilities)).sum() / len(labels)
-
-
 def calibrate(labels: np.ndarray, scores: np.ndarray, fold: np.ndarray) -> tuple:
     """Probabilities of a fold's samples, and the threshold with the best F1.
 
@@ -1148,6 +1142,9 @@ def measure(task: Task, cell: list[Outcome], weights: list[np.ndarray]) -> Row:
         probabilities[fold], threshold = calibrate(task.labels, outcome.scores, fold)
         is_found[fold] = probabilities[fold] >= threshold
         thresholds.append(threshold)
+    # Expected calibration error in ten bins of equal width (Guo et al. 2017).
+    bins = np.minimum((10 * probabilities).astype(int), 9)
+    gaps = np.bincount(bins, task.labels - probabilities)
     bootstrap = np.nanmean(bootstraps, axis=0)  # without a fold that has one class in a draw
     low, high = np.nanpercentile(bootstrap, [2.5, 97.5])
     figures = {
@@ -1161,7 +1158,7 @@ def measure(task: Task, cell: list[Outcome], weights: list[np.ndarray]) -> Row:
         "f1": metrics.f1_score(task.labels, is_found),
         "threshold": np.mean(thresholds),
         "brier": metrics.brier_score_loss(task.labels, probabilities),
-        "ece": calibration_error(task.labels, probabilities),
+        "ece": np.abs(gaps).sum() / len(bins),
     }
     figures = {name: float(value) for name, value in figures.items()}
     figures["layers"] = [layer_of(outcome.name) for outcome in cell]
@@ -1367,7 +1364,7 @@ def probe(samples: Samples, vectors: Vectors, options: argparse.Namespace) -> tu
         notes += more_notes
     labelled = list(itertools.compress(samples, has_label))
     matrices = [(name, labelled, name, width) for name, width in vectors.items()]
-    for spec in options.beside or []:
+    for spec in options.beside:
         matrices += open_beside(spec, table, options)
     # A thread a fit: several of BLAS within one would wait for each other.
     with warnings.catch_warnings(), threadpool_limits(1), parallel_config("threading", n_jobs=-1):
@@ -1584,7 +1581,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--positive", metavar="VALUE", help="probe: the class to find (wrong, or the last value)")
     add("--group", metavar="CSV:COLUMN", help="probe: what may not be in two folds (the image)")
     add("--by", metavar="CSV:COLUMN", help="probe: AUROC by category, and of the category alone")
-    add("--beside", action="append", metavar="NAME=DIR", help="probe: another run; repeatable")
+    add(
+        "--beside",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="probe: another run; repeatable",
+    )
     add("--probe-model", choices=PROBES, default="linear", help="probe: linear, or HALP's mlp")
     add("--seed", type=int, default=0, metavar="N", help="probe: of all that is random (0)")
     add("--save", type=Path, metavar="FILE", help="probe: .csv of labels, folds and probabilities")
@@ -1602,12 +1605,9 @@ def check_probe_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
         parser.error("--above is for the numbers of a CSV")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed: a number from 0 to {2**32 - 1}, not {args.seed}")
-    names = []
-    for spec in args.beside or []:
-        name, equals, directory = spec.partition("=")
-        if not (name and equals and directory) or ": " in name:
-            parser.error(f"--beside: it needs NAME=DIR, not {spec}")
-        names.append(name)
+    names = [spec.partition("=")[0] for spec in args.beside]
+    if not all(re.fullmatch("[^=:]+=.+", spec) for spec in args.beside):
+        parser.error(f"--beside: it needs NAME=DIR, not {' '.join(args.beside)}")
     if len(set(names)) < len(names):
         parser.error("--beside: each run needs a name of its own")
 

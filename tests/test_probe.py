@@ -384,13 +384,13 @@ def test_chance_of_small_folds_is_above_the_share():
 def test_noise_is_a_half_in_the_report_and_in_the_control():
     """The best of the cells by themselves is well above it."""
     reported, control, best = [], [], []
-    for seed in range(4):
+    for seed in range(3):
         rng = np.random.default_rng(seed)
         labels = rng.random(200) < 0.3
         task = make_task(labels, seed=seed)
         shuffled = inspect_h5.shuffle_labels(task)
         assert shuffled.labels.sum() == labels.sum()
-        matrices = {f"layer {k}": rng.standard_normal((200, 6), np.float32) for k in range(8)}
+        matrices = {f"layer {k}": rng.standard_normal((200, 6), np.float32) for k in range(6)}
         for one, found in ((task, reported), (shuffled, control)):
             cells = {name: inspect_h5.try_cell(one, name, matrices[name]) for name in matrices}
             found.append(mean_auroc(inspect_h5.choose_cell(cells.values())))
@@ -1006,7 +1006,8 @@ def test_a_value_that_is_no_number_is_told(tiny, tmp_path, capsys, value):
 def test_ids_that_match_in_part_are_counted(tiny, tmp_path):
     label = write_labels(tmp_path / "labels.csv", tiny[1][6:], ["0", "1"] * 27)
     facts = run_json(tiny[0], "--probe", label, "--representation", VISION)
-    (note,) = facts["notes"]
+    note, few = facts["notes"]
+    assert few == "9 images or groups are few: intervals are too narrow"
     assert note.startswith("6 of 60 samples are not in ")
     assert "first ['q0000'] (it has ['q0006']); did leading zeros get lost?" in note
     assert facts["num_without_label"] == 6
