@@ -650,6 +650,11 @@ class Labels:
     notes: list[str]  # what a reader of the figures should know
 
 
+def add_twenty_and_one(match: re.Match) -> str:
+    """The number that two words say."""
+    return str(int(NUMBERS[match[1]]) + int(NUMBERS[match[2]]))
+
+
 def split_words(text: str, apostrophe: str = "") -> list[str]:
     """Words as VQA accuracy compares them (Antol et al. 2015, vqaEval.py), numbers as numbers.
 
@@ -672,7 +677,7 @@ def split_words(text: str, apostrophe: str = "") -> list[str]:
     text = re.sub(r"(?<!\d)[:/]|[:/](?!\d)", " ", text)  # 3:45 and 1/2 remain whole
     text = re.sub(r"(?<=\d)(?=[^\W\d_])|(?<=[^\W\d_])(?=\d)", " ", text)  # 5cm is 5 cm
     text = re.sub(r"\b(?:minus|negative)\s+(?=\.?\d)", "-", text)
-    text = TWENTY_ONE.sub(lambda match: str(int(NUMBERS[match[1]]) + int(NUMBERS[match[2]])), text)
+    text = TWENTY_ONE.sub(add_twenty_and_one, text)
     words = []
     for number, word in WORD.findall(text):
         if number:
@@ -694,7 +699,7 @@ def judge_option(answer: str, letter: str) -> bool | str:
     """Whether the answer names this option, a letter; or why it cannot be seen."""
     for text in (find_declared(answer), answer):
         named = [match[match.lastindex].upper() for match in OPTION_NAMES.finditer(text)]
-        if named and (len(set(named)) == 1 or re.match(rf"\W*{named[0]}{NAME_ENDS}", text)):
+        if named and (len(set(named)) == 1 or re.match(rf"\W*{named[0]}{NAME_ENDS}", text, re.I)):
             return named[0] == letter.upper()
     return "name no option, or several, where the truth is a letter"
 
@@ -1090,8 +1095,9 @@ def weighted_aurocs(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray)
     """The AUROC under each row of weights [num_rows, num_samples]; NaN without both classes."""
     order = np.argsort(scores, kind="stable")
     starts = np.flatnonzero(np.diff(scores[order], prepend=np.nan))  # of samples of equal score
-    positive = np.add.reduceat(weights[:, order] * labels[order], starts, axis=1)
-    negative = np.add.reduceat(weights[:, order] * ~labels[order], starts, axis=1)
+    weights = weights[:, order]
+    positive = np.add.reduceat(weights * labels[order], starts, axis=1)
+    negative = np.add.reduceat(weights * ~labels[order], starts, axis=1)
     below = negative.cumsum(axis=1) - negative / 2  # ties count half
     with np.errstate(invalid="ignore"):
         return (positive * below).sum(axis=1) / (positive.sum(axis=1) * negative.sum(axis=1))
@@ -1108,14 +1114,15 @@ def calibrate(labels: np.ndarray, scores: np.ndarray, fold: np.ndarray) -> tuple
 
     known = np.delete(scores, fold)
     known_labels = np.delete(labels, fold)
-    size = max(known.std(), 1e-12)  # it follows from the penalty, and the fit needs numbers near 1
-    platt = LogisticRegression(C=np.inf).fit(known[:, None] / size, known_labels)
+    # The size of scores follows from the penalty, and the fit needs numbers near 1.
+    scaled = (scores - known.mean()) / max(known.std(), 1e-12)
+    platt = LogisticRegression(C=np.inf).fit(np.delete(scaled, fold)[:, None], known_labels)
     slope = platt.coef_.item()
     shift = platt.intercept_.item()
     if slope <= 0:  # nothing was learnt: the share of the class, in the order of the scores
         slope = 1e-6
         shift = np.log(known_labels.mean() / (1 - known_labels.mean()))
-    probabilities = 1 / (1 + np.exp(-slope * scores / size - shift))
+    probabilities = 1 / (1 + np.exp(-slope * scaled - shift))
     known = np.delete(probabilities, fold)
     precision, recall, thresholds = precision_recall_curve(known_labels, known)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
@@ -1146,20 +1153,17 @@ def measure(task: Task, cell: list[Outcome], weights: list[np.ndarray]) -> Row:
     bins = np.minimum((10 * probabilities).astype(int), 9)
     gaps = np.bincount(bins, task.labels - probabilities)
     bootstrap = np.nanmean(bootstraps, axis=0)  # without a fold that has one class in a draw
-    low, high = np.nanpercentile(bootstrap, [2.5, 97.5])
-    figures = {
-        "auroc": np.mean([outcome.auroc for outcome in cell]),
-        "auroc_low": low,
-        "auroc_high": high,
-        "auroc_train": np.mean([outcome.auroc_train for outcome in cell]),
-        "auprc": np.mean(auprcs),
-        "precision": metrics.precision_score(task.labels, is_found, zero_division=0),
-        "recall": metrics.recall_score(task.labels, is_found),
-        "f1": metrics.f1_score(task.labels, is_found),
-        "threshold": np.mean(thresholds),
-        "brier": metrics.brier_score_loss(task.labels, probabilities),
-        "ece": np.abs(gaps).sum() / len(bins),
-    }
+    figures = {}
+    figures["auroc"] = np.mean([outcome.auroc for outcome in cell])
+    figures["auroc_low"], figures["auroc_high"] = np.nanpercentile(bootstrap, [2.5, 97.5])
+    figures["auroc_train"] = np.mean([outcome.auroc_train for outcome in cell])
+    figures["auprc"] = np.mean(auprcs)
+    figures["precision"] = metrics.precision_score(task.labels, is_found, zero_division=0)
+    figures["recall"] = metrics.recall_score(task.labels, is_found)
+    figures["f1"] = metrics.f1_score(task.labels, is_found)
+    figures["threshold"] = np.mean(thresholds)
+    figures["brier"] = metrics.brier_score_loss(task.labels, probabilities)
+    figures["ece"] = np.abs(gaps).sum() / len(bins)
     figures = {name: float(value) for name, value in figures.items()}
     figures["layers"] = [layer_of(outcome.name) for outcome in cell]
     return Row(figures, probabilities, bootstrap)
@@ -1195,12 +1199,12 @@ def measure_categories(task: Task, rows: dict[str, list[Outcome]], categories: n
         num_negative, num_positive = np.bincount(task.labels[is_inside], minlength=2).tolist()
         aurocs = dict.fromkeys(rows)
         for name, cell in rows.items():
-            inside = [fold[is_inside[fold]] for fold in task.folds()]
-            of_folds = [
-                roc_auc_score(task.labels[places], outcome.scores[places])
-                for outcome, places in zip(cell, inside)
-                if len(set(task.labels[places])) == 2
-            ]
+            of_folds = []
+            for outcome, fold in zip(cell, task.folds()):
+                places = fold[is_inside[fold]]
+                labels = task.labels[places]
+                if labels.any() and not labels.all():
+                    of_folds.append(roc_auc_score(labels, outcome.scores[places]))
             if of_folds and min(num_negative, num_positive) >= MIN_IN_CATEGORY:
                 aurocs[name] = float(np.mean(of_folds))
         counts = {"num_samples": num_negative + num_positive, "num_positive": num_positive}
@@ -1318,7 +1322,10 @@ def compare_with_best(rows: dict[str, Row], own: list[str]) -> tuple[str, dict]:
 def make_report(
     task: Task, matrices: list[Matrix], baselines: dict, categories: np.ndarray | None
 ) -> tuple[dict, dict[str, Row]]:
-    """Try all states: the facts of both tables, and the rows of the report."""
+    """Try all states: the facts of both tables, and the rows of the report.
+
+    The control chooses among all representations of this run, layers and penalties.
+    """
     shuffled = shuffle_labels(task)
     cells, control = try_states(task, shuffled, matrices)
     weights = draw_weights(task)
@@ -1338,7 +1345,8 @@ def make_report(
             "auroc_train": [outcome.auroc_train for outcome in cell],
             "C": [outcome.strength for outcome in cell],
         }
-    report = {name: row.figures for name, row in rows.items()} | {CHANCE: measure_chance(task)}
+    report = {name: row.figures for name, row in rows.items()}
+    report[CHANCE] = measure_chance(task)
     facts = {"cells": by_itself, "report": report, "best": best, "differences": differences}
     facts["leaks"] = bool(has_leak)
     facts["by"] = {} if categories is None else measure_categories(task, own, categories)
@@ -1581,13 +1589,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--positive", metavar="VALUE", help="probe: the class to find (wrong, or the last value)")
     add("--group", metavar="CSV:COLUMN", help="probe: what may not be in two folds (the image)")
     add("--by", metavar="CSV:COLUMN", help="probe: AUROC by category, and of the category alone")
-    add(
-        "--beside",
-        action="append",
-        default=[],
-        metavar="NAME=DIR",
-        help="probe: another run; repeatable",
-    )
+    add("--beside", action="append", default=[], metavar="NAME=DIR", help="probe: another run too")
     add("--probe-model", choices=PROBES, default="linear", help="probe: linear, or HALP's mlp")
     add("--seed", type=int, default=0, metavar="N", help="probe: of all that is random (0)")
     add("--save", type=Path, metavar="FILE", help="probe: .csv of labels, folds and probabilities")
