@@ -6,7 +6,8 @@
     python inspect_h5.py output --verify --vqa-dataset vqa.csv
     python inspect_h5.py output --export layer_24.npz --layer 24
     python inspect_h5.py output --plot pca.png --color-by labels.csv:hallucinated
-    python inspect_h5.py output --probe answer_is_wrong --by vqa.csv:benchmark --plot auroc.png
+    python inspect_h5.py output --probe answer_is_wrong --plot auroc.png --save labels.csv
+    python inspect_h5.py output --probe labels.csv:label --group vqa.csv:scene --beside blind=blind
 
 Samples stand in the plan's order. Exit status: 0 all is well, 1 something is wrong and one line
 says what (--verify: one line a finding), 2 wrong usage, 130 stopped by Ctrl-C.
@@ -522,7 +523,7 @@ def can_draw(text: str) -> bool:
 def choose_marks(table: pd.DataFrame, field: str) -> tuple[list[tuple], list[str]]:
     """Samples and how they are drawn: numbers on a scale, or the ten most frequent texts.
 
-    Then a line for each text that the font cannot draw, and whose number stands for it.
+    And lines that explain the numbers of texts that the font cannot draw.
     """
     values = table.get(field, pd.Series(dtype=str)).replace("", np.nan)
     if ":" in field:
@@ -1228,7 +1229,7 @@ def make_task(table: pd.DataFrame, labels: pd.Series, options: argparse.Namespac
     is_positive = labels.to_numpy(bool)
     fold_of = split_by_group(is_positive, groups, options.seed)
     if len(set(groups)) < 10 * NUM_FOLDS:
-        notes.append(f"{len(set(groups)):,} images or groups are few: intervals are too narrow")
+        notes.append(f"{len(set(groups)):,} images or groups are few: intervals are rough")
     return Task(is_positive, groups, fold_of, options.probe_model, options.seed), notes
 
 
@@ -1427,19 +1428,26 @@ def make_saved(
 
 # ────────────────────────────────────── showing the report ───────────────────────────────────────
 def show_cells(cells: dict[str, dict]) -> Iterator[str]:
-    """A row for each layer and a column for each representation; below it what has no layers."""
-    table = pd.DataFrame(dtype=object)
-    levels = []
+    """For each run a row for each layer and a column for each representation, then its vision."""
+    tables = {}
+    levels = {}
     for title, cell in cells.items():
-        kind, _, layer = title.partition("_representation/layer_")
+        run, _, name = title.rpartition(": ")
+        kind, _, layer = name.partition("_representation/layer_")
         shown = f"{np.mean(cell['auroc']):.2f}±{np.std(cell['auroc'], ddof=1):.2f}"
         if layer:
+            table = tables.setdefault(run, pd.DataFrame(dtype=object))
             table.loc[int(layer), kind] = shown
         else:
-            levels.append(f"{kind.removesuffix('_representation'):<23}{shown}")
-    if len(table):
-        yield table.fillna("-").rename_axis("layer").reset_index().to_string(index=False)
-    yield from levels
+            levels[run] = f"vision {shown}"
+    for run in tables | levels:
+        if run:
+            yield f"\n{run}"
+        if run in tables:
+            table = tables[run].fillna("-").rename_axis("layer").reset_index()
+            yield table.to_string(index=False)
+        if run in levels:
+            yield levels[run]
 
 
 def show_report(report: dict[str, dict]) -> Iterator[str]:
@@ -1526,8 +1534,10 @@ def draw_layers(axes: "matplotlib.axes.Axes", cells: dict[str, dict]) -> float: 
         color = COLORS[kinds.index(kind)]
         layers, means, spreads = np.array(sorted(points)).T
         bars = [spreads, np.minimum(spreads, 1 - means)]  # no AUROC is above 1
-        style = {"fmt": "o--", "markerfacecolor": "white"} if run else {"fmt": "o-"}
-        axes.errorbar(layers, means, bars, color=color, markersize=4, label=name, **style)
+        if run:
+            axes.plot(layers, means, "o--", color=color, mfc="white", ms=4, label=name)
+        else:
+            axes.errorbar(layers, means, bars, fmt="o-", color=color, ms=4, label=name)
     return lowest
 
 

@@ -1016,7 +1016,7 @@ def test_ids_that_match_in_part_are_counted(tiny, tmp_path):
     label = write_labels(tmp_path / "labels.csv", tiny[1][6:], ["0", "1"] * 27)
     facts = run_json(tiny[0], "--probe", label, "--representation", VISION)
     note, few = facts["notes"]
-    assert few == "9 images or groups are few: intervals are too narrow"
+    assert few == "9 images or groups are few: intervals are rough"
     assert note.startswith("6 of 60 samples are not in ")
     assert "first ['q0000'] (it has ['q0006']); did leading zeros get lost?" in note
     assert facts["num_without_label"] == 6
@@ -1049,6 +1049,16 @@ def test_without_scikit_learn_it_says_what_to_install(tiny, capsys, monkeypatch)
         (["--probe", "answer_is_wrong", "--plot", "x.png", "--color-by", "answer"], "--color-by"),
         (["--probe", "answer_is_wrong", "--max-samples", "9"], "--max-samples"),
         (["--probe", "answer_is_wrong", "--probe-model", "tree"], "tree"),
+        (["--probe", "answer_is_wrong", "--group", "scenes.csv"], "--group: it needs CSV:COLUMN"),
+        (["--probe", "answer_is_wrong", "--by", "x"], "--by: it needs CSV:COLUMN"),
+        (["--probe", "answer_is_wrong", "--seed", "-1"], "--seed: a number from 0"),
+        (["--probe", "answer_is_wrong", "--save", "x.txt"], "must end in one of .csv"),
+        (["--probe", "answer_is_wrong", "--beside", "blind"], "--beside: it needs NAME=DIR"),
+        (
+            ["--probe", "answer_is_wrong", "--beside", "a=x", "--beside", "a=y"],
+            "each run needs a name of its own",
+        ),
+        (["--seed", "1"], "--seed does not go with view"),
         (["--probe-model", "mlp"], "--probe-model does not go with view"),
         (["--above", "1"], "--above does not go with view"),
     ],
