@@ -716,6 +716,44 @@ def test_the_positive_class_is_chosen(tiny, tmp_path, capsys):
     assert "--positive no: the classes are 'wrong', 'yes'" in err
 
 
+# What the README shows: the same model as a judge, between two runs of the extractor
+ASK_THE_JUDGE = """
+import pandas as pd
+
+table = pd.read_csv("labels.csv", dtype=str, keep_default_na=False)  # what --save wrote
+ask = 'Q: {question} Does "{answer}" mean the same as "{ground_truth_answer}"? Say yes or no.'
+questions = [ask.format(**row) for row in table.to_dict("records")]
+table[["question_id", "image_id"]].assign(question=questions, answer="").to_csv(
+    "judge.csv", index=False
+)
+"""
+READ_THE_JUDGE = """
+from inspect_h5 import load_embeddings
+
+said, _ = load_embeddings("judge", "vision_representation")
+verdict = said["answer"].str.lower().str.extract(r"^\\W*(yes|no)\\b")[0]
+said["label"] = verdict.map({"yes": "right", "no": "wrong"})
+said[["question_id", "label"]].to_csv("judged.csv", index=False)
+"""
+
+
+def test_the_same_model_judges(tiny, tmp_path, monkeypatch):
+    directory, table, states = tiny
+    monkeypatch.chdir(tmp_path)
+    flags = [directory, "--representation", VISION, "--probe"]
+    run_json(*flags, "answer_is_wrong", "--save", "labels.csv")
+    exec(ASK_THE_JUDGE, {})
+    asked = pd.read_csv("judge.csv", keep_default_na=False)
+    assert list(asked) == ["question_id", "image_id", "question", "answer"]
+    first = f'Q: {table["question"][0]} Does "It is blue." mean the same as "red"? Say yes or no.'
+    assert asked["question"][0] == first
+    said = ["Yes.", "No, it does not.", "Maybe"] * 20
+    write_run(tmp_path / "judge", table.assign(answer=said), states)
+    exec(READ_THE_JUDGE, {})
+    facts = run_json(*flags, "judged.csv:label")
+    assert (facts["classes"], facts["num_without_label"]) == ({"right": 20, "wrong": 20}, 20)
+
+
 # Controls
 
 
