@@ -651,11 +651,6 @@ class Labels:
     notes: list[str]  # what a reader of the figures should know
 
 
-def add_twenty_and_one(match: re.Match) -> str:
-    """The number that two words say."""
-    return str(int(NUMBERS[match[1]]) + int(NUMBERS[match[2]]))
-
-
 def split_words(text: str, apostrophe: str = "") -> list[str]:
     """Words as VQA accuracy compares them (Antol et al. 2015, vqaEval.py), numbers as numbers.
 
@@ -678,7 +673,7 @@ def split_words(text: str, apostrophe: str = "") -> list[str]:
     text = re.sub(r"(?<!\d)[:/]|[:/](?!\d)", " ", text)  # 3:45 and 1/2 remain whole
     text = re.sub(r"(?<=\d)(?=[^\W\d_])|(?<=[^\W\d_])(?=\d)", " ", text)  # 5cm is 5 cm
     text = re.sub(r"\b(?:minus|negative)\s+(?=\.?\d)", "-", text)
-    text = TWENTY_ONE.sub(add_twenty_and_one, text)
+    text = TWENTY_ONE.sub(lambda match: NUMBERS[match[1]][0] + NUMBERS[match[2]], text)
     words = []
     for number, word in WORD.findall(text):
         if number:
@@ -700,7 +695,8 @@ def judge_option(answer: str, letter: str) -> bool | str:
     """Whether the answer names this option, a letter; or why it cannot be seen."""
     for text in (find_declared(answer), answer):
         named = [match[match.lastindex].upper() for match in OPTION_NAMES.finditer(text)]
-        if named and (len(set(named)) == 1 or re.match(rf"\W*{named[0]}{NAME_ENDS}", text, re.I)):
+        begins = named and re.match(rf"\W*{named[0]}\s*(?:[).:*\n]|-\s)", text, re.IGNORECASE)
+        if begins or len(set(named)) == 1:
             return named[0] == letter.upper()
     return "name no option, or several, where the truth is a letter"
 
@@ -984,14 +980,6 @@ def score_with(probe, features) -> np.ndarray:
     return probe.predict_proba(features)[:, 1]
 
 
-def list_strengths(task: Task, inputs: np.ndarray) -> list[float]:
-    """The penalties to try, one where they make no difference to the order of the scores."""
-    if inputs.dtype == np.float64 or (inputs.dtype == np.float32 and task.model == "mlp"):
-        return [1.0]
-    length = inputs.shape[1] if inputs.dtype == np.float32 else 1  # of a sample's features
-    return [strength / length for strength in STRENGTHS]
-
-
 def fit_and_score(
     task: Task, inputs: np.ndarray, left_out: tuple[int, ...], strengths: list[float]
 ) -> tuple[np.ndarray, list[float]]:
@@ -1026,7 +1014,11 @@ def try_cell(task: Task, name: str, inputs: np.ndarray) -> list[Outcome]:
     from sklearn.metrics import roc_auc_score
 
     folds = task.folds()
-    strengths = list_strengths(task, inputs)
+    is_state = inputs.dtype == np.float32
+    size = inputs.shape[1] if is_state else 1  # the mean squared length of a sample's features
+    strengths = [strength / size for strength in STRENGTHS]
+    if is_state and task.model == "mlp":
+        strengths = [1.0]  # it has no such penalty
     pairs = list(itertools.combinations(range(len(folds)), 2))
     fit = delayed(fit_and_score)
     fitted = Parallel()(fit(task, inputs, pair, strengths) for pair in pairs)
@@ -1606,24 +1598,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_probe_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Status 2 where the options of --probe do not fit."""
-    if args.probe != ANSWER_IS_WRONG and ":" not in args.probe:
-        parser.error(f"--probe: LABEL is CSV:COLUMN or {ANSWER_IS_WRONG}, not {args.probe}")
-    for name, value in (("--by", args.by), ("--group", args.group)):
-        if value is not None and ":" not in value:
-            parser.error(f"{name}: it needs CSV:COLUMN, not {value}")
-    if args.above is not None and args.probe == ANSWER_IS_WRONG:
-        parser.error("--above is for the numbers of a CSV")
-    if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed: a number from 0 to {2**32 - 1}, not {args.seed}")
-    names = [spec.partition("=")[0] for spec in args.beside]
-    if not all(re.fullmatch("[^=:]+=.+", spec) for spec in args.beside):
-        parser.error(f"--beside: it needs NAME=DIR, not {' '.join(args.beside)}")
-    if len(set(names)) < len(names):
-        parser.error("--beside: each run needs a name of its own")
-
-
 def parse_arguments(argv: list[str] | None) -> tuple[str, argparse.Namespace]:
     """What is to be done, and its flags; status 2 where they do not fit."""
     parser = make_parser()
@@ -1636,8 +1610,18 @@ def parse_arguments(argv: list[str] | None) -> tuple[str, argparse.Namespace]:
     for path, suffixes in outputs:
         if path and path.suffix not in suffixes.split():
             parser.error(f"{path}: the name must end in one of {suffixes}")
-    if mode == "probe":
-        check_probe_flags(parser, args)
+    if args.probe and args.probe != ANSWER_IS_WRONG and ":" not in args.probe:
+        parser.error(f"--probe: LABEL is CSV:COLUMN or {ANSWER_IS_WRONG}, not {args.probe}")
+    for name, value in (("--by", args.by), ("--group", args.group)):
+        if value is not None and ":" not in value:
+            parser.error(f"{name}: it needs CSV:COLUMN, not {value}")
+    if args.above is not None and args.probe == ANSWER_IS_WRONG:
+        parser.error("--above is for the numbers of a CSV")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed: a number from 0 to {2**32 - 1}, not {args.seed}")
+    names = [re.match("(?:([^=:]+)=.)?", spec)[1] for spec in args.beside]
+    if None in names or len(set(names)) < len(names):
+        parser.error("--beside: it needs NAME=DIR, and each run a name of its own")
     return mode, args
 
 
@@ -1676,23 +1660,6 @@ def run_probe(samples: Samples, vectors: Vectors, args: argparse.Namespace) -> I
         plot_probe(args.plot, facts)
 
 
-def run_view(
-    args: argparse.Namespace, parts: dict[Path, dict], samples: Samples, drawn: Samples
-) -> Iterator[str]:
-    """The lines of the default view, or its facts for programs."""
-    vectors = list_vectors(next(iter(parts.values())), args.representation, args.layer)
-    shown = samples[: max(args.max_samples, 0)]
-    if args.question_id:
-        shown = find_samples(samples, args.question_id)
-        drawn = shown
-    facts = describe(parts, samples, drawn, vectors)
-    facts["samples"] = json.loads(read_texts(shown).to_json(orient="records"))  # NaN is null
-    if args.json:
-        yield json.dumps(facts, allow_nan=False, indent=1, default=str)
-    else:
-        yield from show(facts, sys.maxsize if args.question_id else 58)
-
-
 def run(mode: str, args: argparse.Namespace) -> tuple[int, Iterable[str]]:
     """The exit status, and the lines to print. Raises ImportError, OSError or ValueError."""
     if mode == "verify":
@@ -1708,7 +1675,15 @@ def run(mode: str, args: argparse.Namespace) -> tuple[int, Iterable[str]]:
     drawn = [samples[place] for place in sorted(order[:num_drawn])]
     if mode == "plot":
         return 0, plot(args.plot, drawn, len(samples), vectors, args.color_by or TEXTS[-1])
-    return 0, run_view(args, parts, samples, drawn)
+    shown = samples[: max(args.max_samples, 0)]
+    if args.question_id:
+        shown = find_samples(samples, args.question_id)
+        drawn = shown
+    facts = describe(parts, samples, drawn, vectors)
+    facts["samples"] = json.loads(read_texts(shown).to_json(orient="records"))  # NaN is null
+    if args.json:
+        return 0, [json.dumps(facts, allow_nan=False, indent=1, default=str)]
+    return 0, show(facts, sys.maxsize if args.question_id else 58)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1094,7 +1094,7 @@ def test_without_scikit_learn_it_says_what_to_install(tiny, capsys, monkeypatch)
         (["--probe", "answer_is_wrong", "--beside", "blind"], "--beside: it needs NAME=DIR"),
         (
             ["--probe", "answer_is_wrong", "--beside", "a=x", "--beside", "a=y"],
-            "each run needs a name of its own",
+            "each run a name of its own",
         ),
         (["--seed", "1"], "--seed does not go with view"),
         (["--probe-model", "mlp"], "--probe-model does not go with view"),
