@@ -492,23 +492,23 @@ def test_questions_in_chinese_are_read_as_those_in_english():
 def test_the_same_scene_in_two_files_needs_a_group(tmp_path):
     """States name the scene, labels go by scene, and each scene was photographed twice."""
     rng = np.random.default_rng(2)
-    scenes = np.arange(360) // NUM_QUESTIONS % 30  # image k shows scene k % 30
-    labels = (rng.random(30) < 0.5)[scenes]
+    scenes = np.arange(480) // NUM_QUESTIONS % 40  # image k shows scene k % 40
+    labels = (rng.random(40) < 0.5)[scenes]
     table = make_table(labels, rng)
     states = make_states(labels, rng, width=4)
-    states[VISION] = rng.standard_normal((30, 16))[scenes] + 0.1 * rng.standard_normal((360, 16))
+    states[VISION] = rng.standard_normal((40, 64))[scenes] + 0.1 * rng.standard_normal((480, 64))
     write_run(tmp_path / "run", table, states)
     flags = [tmp_path / "run", "--probe", "answer_is_wrong", "--representation", VISION]
     by_image = run_json(*flags)
-    assert by_image["report"]["vision"]["auroc"] > 0.75
+    assert by_image["report"]["vision"]["auroc"] > 0.7
     group = write_labels(tmp_path / "scenes.csv", table, scenes, "scene")
     by_scene = run_json(*flags, "--group", group)
-    assert abs(by_scene["report"]["vision"]["auroc"] - 0.5) < 0.25
-    assert (by_image["num_groups"], by_scene["num_groups"]) == (60, 30)
+    assert by_scene["report"]["vision"]["auroc"] == pytest.approx(0.5, abs=0.15)
+    assert (by_image["num_groups"], by_scene["num_groups"]) == (80, 40)
     assert by_scene["group"] == group
     for fold in by_scene["folds"]:
         rows = [int(question_id[1:]) for question_id in fold["question_id"]]
-        others = sorted(set(range(360)) - set(rows))
+        others = sorted(set(range(480)) - set(rows))
         assert not set(scenes[rows]) & set(scenes[others])
 
 
