@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Look into the part files that run_gemma3_extraction.py writes, and probe what they hold.
+"""Look into the part files that run_gemma3_extraction.py writes, and probe the states in them.
 
     python inspect_h5.py output                      what was run, figures, first samples
     python inspect_h5.py output --question-id 42     the same of one sample, its texts whole
@@ -9,7 +9,7 @@
     python inspect_h5.py output --probe answer_is_wrong --plot auroc.png --save labels.csv
     python inspect_h5.py output --probe labels.csv:label --group vqa.csv:scene --beside blind=blind
 
-Samples stand in the plan's order. Exit status: 0 all is well, 1 something is wrong and one line
+Samples are shown in the plan's order. Exit status: 0 all is well, 1 something is wrong and one line
 says what (--verify: one line a finding), 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
@@ -56,7 +56,7 @@ NUM_DRAWN = 1000  # samples in the table and the plot
 PROGRESS_SECONDS = 60  # between lines where there is no terminal
 COLORS = "#0072B2 #E69F00 #009E73 #CC79A7 #000000 #56B4E9 #D55E00 #F0E442 #882255 #999933".split()
 
-Paths = str | Path | Iterable[str | Path]  # files; directories stand for the parts in them
+Paths = str | Path | Iterable[str | Path]  # files; a directory means the parts in it
 Samples = list[tuple[Path, str]]  # the file, and the group's name in it
 Vectors = dict[str, int]  # the data sets of vectors, and their lengths
 Finding = tuple[str, list[str]]  # what is wrong, and the question_ids that it is wrong with
@@ -92,7 +92,7 @@ def scan_parts(paths: Paths) -> tuple[dict[Path, dict], Samples, list[Finding]]:
             with h5py.File(path) as file:
                 part = {name: np.asarray(value).tolist() for name, value in file.attrs.items()}
                 names = list(file)
-                if part.get("schema_version", 1) < 3:  # since then the order of groups tells it
+                if part.get("schema_version", 1) < 3:  # since then it is the order of groups
                     names.sort(key=lambda name: int(file[name].attrs.get("row", -1)))
             list_vectors(part)  # which raises where an attribute that it needs is missing
         except UNREADABLE as error:
@@ -105,7 +105,7 @@ def scan_parts(paths: Paths) -> tuple[dict[Path, dict], Samples, list[Finding]]:
             findings.append((f"{path}: {what}", []))
         twice = [name for name in names if name in owners]
         if twice:
-            what = f"{path}: question_id stands in {owners[twice[0]]} too"
+            what = f"{path}: question_id is in {owners[twice[0]]} too"
             findings.append((what, list(map(unquote, twice))))
         owners |= {name: path for name in names if name not in owners}
     return parts, [(path, name) for name, path in owners.items()], findings
@@ -223,7 +223,7 @@ def load_embeddings(
 
 
 def read_table(path: Path, *columns: tuple[str, ...]) -> pd.DataFrame:
-    """Columns of a CSV by question_id, text as it stands; each by the first name that is there."""
+    """Columns of a CSV by question_id, text unchanged; each by the first name that is there."""
     csv.field_size_limit(sys.maxsize)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -284,7 +284,7 @@ def summarise(matrix: np.ndarray) -> dict[str, float | None]:
 
 
 def describe_sample(group: h5py.Group, vectors: Iterable[str]) -> dict[str, str]:
-    """What a sample holds: types, shapes and compression as they are in the file."""
+    """What a sample contains: types, shapes and compression as they are in the file."""
     tree = dict.fromkeys(TEXTS, "text") | {LINK: f"-> {VISION}"}
     for name in [LOGPROBS, *vectors]:
         if name == LOGPROBS and name not in group:
@@ -376,7 +376,7 @@ def list_expected(group: h5py.Group, part: dict) -> tuple[set[str], dict[str, in
     version = part.get("schema_version", 1)
     attributes = {"question_id", "answer_truncated", *COUNTS}
     widths = dict.fromkeys(TEXTS) | list_vectors(part) | {LINK: part["vision_hidden_size"]}
-    if version >= 3:  # there the order of groups tells the row
+    if version >= 3:  # there the row is the order of groups
         attributes.remove("row")
     if version >= 2:
         attributes |= {"image_sha256", "crc32"}
@@ -487,7 +487,7 @@ def find_unlike_csv(checked: pd.DataFrame, csv_path: Path) -> Iterator[Finding]:
 
 # ─────────────────────────────────────── export and plot ───────────────────────────────────────
 def export(path: Path, samples: Samples, vectors: Vectors) -> list[str]:
-    """Write texts and matrices, all in one order; what the file holds."""
+    """Write texts and matrices, all in one order; what is in the file."""
     texts = read_texts(samples)[["question_id", *TEXTS]]
     # All texts as UTF-8 bytes: in an array of text each would be as wide as the longest.
     packed = json.dumps(texts.to_dict("list"), ensure_ascii=False).encode()
@@ -777,9 +777,9 @@ def split_truths(text: str) -> tuple[list[str], str]:
 def judge_all(answer: str, accepted: list[str]) -> bool | str:
     """Whether the answer is right by one of the accepted truths, or why it cannot be seen."""
     verdicts = [judge(answer, truth) for truth in accepted]
-    told = [verdict for verdict in verdicts if isinstance(verdict, bool)]
-    if told:
-        return any(told)
+    clear = [verdict for verdict in verdicts if isinstance(verdict, bool)]
+    if clear:
+        return any(clear)
     return verdicts[0] if verdicts else "have a truth that no three annotators gave"
 
 
@@ -968,8 +968,8 @@ def make_probe(task: Task, inputs: np.ndarray, strength: float):
     probe = LogisticRegression(C=strength, max_iter=1000)
     if task.model == "mlp" and inputs.dtype == np.float32:
         # Early stopping would watch accuracy, and end at once where a class is rare.
-        epochs = {"max_iter": NUM_EPOCHS, "n_iter_no_change": NUM_EPOCHS}
-        probe = MLPClassifier((512, 256, 128), random_state=task.seed, **epochs)
+        probe = MLPClassifier((512, 256, 128), random_state=task.seed)
+        probe.set_params(max_iter=NUM_EPOCHS, n_iter_no_change=NUM_EPOCHS)
     return features, probe
 
 
@@ -1469,13 +1469,12 @@ def show_categories(facts: dict) -> Iterator[str]:
     """AUROC by category of --by."""
     table = pd.DataFrame(dtype=object)
     for category, found in facts["by"].items():
-        name = one_line(category, 20)
-        table.loc[name, "samples"] = str(found["num_samples"])
-        table.loc[name, repr(facts["positive"])] = str(found["num_positive"])
+        table.loc[category, "samples"] = str(found["num_samples"])
+        table.loc[category, repr(facts["positive"])] = str(found["num_positive"])
         for row, auroc in found["auroc"].items():
-            table.loc[name, row] = "-" if auroc is None else f"{auroc:.2f}"
+            table.loc[category, row] = "-" if auroc is None else f"{auroc:.2f}"
     yield f"\nAUROC by category (-: fewer than {MIN_IN_CATEGORY} samples of a class)"
-    yield table.to_string()
+    yield table.rename(lambda category: one_line(category, 20)).to_string()
 
 
 def show_probe(facts: dict) -> Iterator[str]:

@@ -241,7 +241,7 @@ DEFECTS = {
     ),
     "no group": (edit(lambda f: f.__setitem__("zz", 1)), "cannot be opened: .*'zz'"),
     "no sample": (edit(spoil), "part_001.h5: cannot be opened: .*'000'"),
-    "an id twice": (copy_to_part_2, "question_id stands in .*part_001.h5 too .1: '000'"),
+    "an id twice": (copy_to_part_2, "question_id is in .*part_001.h5 too .1: '000'"),
     "a gap": (lambda output: (output / PART.format(2)).unlink(), "part 2 is missing"),
     "a first part": (lambda output: (output / PART.format(1)).unlink(), "part 1 is missing"),
     "half a part": (truncate, "part_002.h5: cannot be read as a part: .*truncated"),
@@ -668,7 +668,7 @@ def test_two_data_sets_side_by_side(made, made_output, tmp_path, capsys):
     both = (made / "output", made_output)
     status, _, err = inspect(capsys, *both, "--export", tmp_path / "x.npz")
     assert (status, len(err.splitlines())) == (1, 1)
-    assert "part_001.h5: question_id stands in " in err
+    assert "part_001.h5: question_id is in " in err
     assert "(first '000000')" in err
     for path in made_output.glob("*.h5"):
         with h5py.File(path, "r+") as file:
