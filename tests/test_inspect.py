@@ -241,7 +241,7 @@ DEFECTS = {
     ),
     "no group": (edit(lambda f: f.__setitem__("zz", 1)), "cannot be opened: .*'zz'"),
     "no sample": (edit(spoil), "part_001.h5: cannot be opened: .*'000'"),
-    "an id twice": (copy_to_part_2, "question_id stands in .*part_001.h5 too .1: '000'"),
+    "an id twice": (copy_to_part_2, "question_id is in .*part_001.h5 too .1: '000'"),
     "a gap": (lambda output: (output / PART.format(2)).unlink(), "part 2 is missing"),
     "a first part": (lambda output: (output / PART.format(1)).unlink(), "part 1 is missing"),
     "half a part": (truncate, "part_002.h5: cannot be read as a part: .*truncated"),
@@ -306,7 +306,9 @@ def test_npz_holds_everything_in_one_order(run_dir, tmp_path, capsys):
     status, out, _ = inspect(capsys, run_dir / "output", "--export", tmp_path / "all.npz")
     samples = stored(run_dir / "output")
     with np.load(tmp_path / "all.npz", allow_pickle=False) as file:
-        assert set(file) == {*NAMES, "texts"}
+        assert set(file) == {*NAMES, "texts", "question_id", "image_id"}
+        for name in ("question_id", "image_id"):
+            assert list(file[name]) == [sample[name] for sample in samples]
         for name in NAMES:
             np.testing.assert_array_equal(file[name], [sample[name] for sample in samples])
         texts = pd.DataFrame(json.loads(file["texts"].tobytes()))
@@ -322,6 +324,21 @@ def test_a_long_text_makes_the_npz_no_longer_than_itself(output, tmp_path, capsy
     inspect(capsys, output, "--export", tmp_path / "long.npz")
     grown = os.path.getsize(tmp_path / "long.npz") - os.path.getsize(tmp_path / "short.npz")
     assert 199_000 < grown < 201_000
+
+
+def test_an_export_that_fails_leaves_nothing(output, tmp_path, capsys, monkeypatch):
+    """A vector that cannot be read, and Ctrl-C: no .npz, and no part of one."""
+    edit(lambda file: file["000"].__delitem__(QUERY))(output)
+    status, _, err = inspect(capsys, output, "--export", tmp_path / "x.npz")
+    assert (status, len(err.splitlines())) == (1, 1)
+    assert not list(tmp_path.glob("x*"))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspect_h5, "read_matrix", interrupt)
+    assert inspect(capsys, output, "--export", tmp_path / "x.npz")[0] == 130
+    assert not list(tmp_path.glob("x*"))
 
 
 def test_parts_of_two_runs_are_not_mixed(output, tmp_path, capsys):
@@ -382,7 +399,7 @@ def test_plot_draws_a_panel_for_each(run_dir, tmp_path, capsys, flags, panels):
 
 def marks_of(run_dir, field):
     samples = inspect_h5.scan_parts(run_dir / "output")[1]
-    return inspect_h5.choose_marks(inspect_h5.read_texts(samples), field)
+    return inspect_h5.choose_marks(inspect_h5.read_texts(samples), field)[0]
 
 
 def test_colours_by_a_column_of_a_csv(run_dir, tmp_path):
@@ -393,6 +410,18 @@ def test_colours_by_a_column_of_a_csv(run_dir, tmp_path):
     ((samples, mark),) = marks_of(run_dir, f"{path}:score")
     assert samples == slice(None)
     np.testing.assert_array_equal(mark["c"], column.reindex(ids))
+
+
+def test_a_truth_that_the_font_lacks_is_told_by_number(run_dir, tmp_path, capsys):
+    ids = [s["question_id"] for s in stored(run_dir / "output")]
+    texts = pd.Series(["図形", "кот", "cat"] * 4, ids, name="truth")
+    texts.rename_axis("question_id").to_csv(tmp_path / "texts.csv")
+    flags = ["--layer", "4", "--color-by", f"{tmp_path / 'texts.csv'}:truth"]
+    _, out, err = inspect(capsys, run_dir / "output", "--plot", tmp_path / "x.png", *flags)
+    assert err == ""
+    assert re.fullmatch("no. [123]: 図形", out.splitlines()[-1])
+    labels = [mark["label"] for _, mark in marks_of(run_dir, f"{tmp_path / 'texts.csv'}:truth")]
+    assert sorted(label[:7] for label in labels) == ["4 × cat", "4 × no.", "4 × кот"]
 
 
 # What is refused
@@ -639,7 +668,7 @@ def test_two_data_sets_side_by_side(made, made_output, tmp_path, capsys):
     both = (made / "output", made_output)
     status, _, err = inspect(capsys, *both, "--export", tmp_path / "x.npz")
     assert (status, len(err.splitlines())) == (1, 1)
-    assert "part_001.h5: question_id stands in " in err
+    assert "part_001.h5: question_id is in " in err
     assert "(first '000000')" in err
     for path in made_output.glob("*.h5"):
         with h5py.File(path, "r+") as file:
