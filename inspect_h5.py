@@ -1526,7 +1526,7 @@ def draw_layers(axes: "matplotlib.axes.Axes", cells: dict[str, dict]) -> float: 
         layers, means, spreads = np.array(sorted(points)).T
         bars = [spreads, np.minimum(spreads, 1 - means)]  # no AUROC is above 1
         if run:
-            axes.plot(layers, means, "o--", color=color, mfc="white", ms=4, label=name)
+            axes.errorbar(layers, means, fmt="o--", color=color, mfc="white", ms=4, label=name)
         else:
             axes.errorbar(layers, means, bars, fmt="o-", color=color, ms=4, label=name)
     return lowest
@@ -1550,7 +1550,7 @@ def plot_probe(path: Path, facts: dict) -> None:
         axes.axhline(levels[name], color=color, lw=1.2, linestyle=dashes, label=label)
         lowest = min(lowest, levels[name])
     axes.axhline(0.5, color="#BBBBBB", lw=0.8, zorder=0)
-    axes.set_ylim(min(0.4, np.floor(10 * max(lowest, 0)) / 10), 1)
+    axes.set_ylim(min(0.4, np.floor(10 * max(lowest, 0)) / 10), 1.01)  # a line at 1 is seen
     figure.legend(loc="outside right center", frameon=False, handlelength=4)
     figure.savefig(path, dpi=150)
 

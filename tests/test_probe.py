@@ -512,7 +512,7 @@ def test_the_same_scene_in_two_files_needs_a_group(tmp_path):
         assert not set(scenes[rows]) & set(scenes[others])
 
 
-def test_categories_have_their_own_auroc(known, tmp_path, capsys):
+def test_categories_have_their_own_auroc(known, tmp_path):
     """One that holds all samples has the row's; a rare one has none; both are counted."""
     directory, labels = known
     table, _ = inspect_h5.load_embeddings(directory, VISION)
@@ -533,7 +533,7 @@ def test_categories_have_their_own_auroc(known, tmp_path, capsys):
     for name in ("mixed", "odd"):
         counts = [facts["by"][name][key] for key in ("num_samples", "num_positive")]
         assert counts == [(kinds == name).sum(), labels[kinds == name].sum()]
-    out = inspect(capsys, directory, *flags, by)[1].splitlines()
+    out = "\n".join(inspect_h5.show_probe(facts)).splitlines()
     of_odd = facts["by"]["odd"]
     assert out[-1].split() == ["odd", str(of_odd["num_samples"]), str(of_odd["num_positive"]), "-"]
     assert out[-2].split()[-1] == f"{facts['by']['mixed']['auroc']['query_token']:.2f}"
