@@ -1643,9 +1643,7 @@ def check_can_write(path: Path) -> None:
 
 
 def run_probe(samples: Samples, vectors: Vectors, args: argparse.Namespace) -> Iterator[str]:
-    """The lines of --probe; what is to be written is checked before, and written after them."""
-    for path in filter(None, (args.plot, args.save)):
-        check_can_write(path)
+    """The lines of --probe; the picture and the table of --save are written after them."""
     if args.plot:
         new_figure(1, 1)  # which needs matplotlib
     facts, saved = probe(samples, vectors, args)
@@ -1663,6 +1661,8 @@ def run(mode: str, args: argparse.Namespace) -> tuple[int, Iterable[str]]:
     """The exit status, and the lines to print. Raises ImportError, OSError or ValueError."""
     if mode == "verify":
         return verify(args.paths, args.vqa_dataset)
+    for path in filter(None, (args.export, args.plot, args.save)):
+        check_can_write(path)
     parts, samples = open_run(args.paths)
     vectors = list_vectors(next(iter(parts.values())), args.representation, args.layer)
     if mode == "export":
