@@ -1017,8 +1017,8 @@ def try_cell(task: Task, name: str, inputs: np.ndarray) -> list[Outcome]:
     is_state = inputs.dtype == np.float32
     size = inputs.shape[1] if is_state else 1  # the mean squared length of a sample's features
     strengths = [strength / size for strength in STRENGTHS]
-    if is_state and task.model == "mlp":
-        strengths = [1.0]  # it has no such penalty
+    if inputs.dtype == np.float64 or (is_state and task.model == "mlp"):
+        strengths = [1.0]  # the order of single numbers needs no penalty, the MLP has its own
     pairs = list(itertools.combinations(range(len(folds)), 2))
     fit = delayed(fit_and_score)
     fitted = Parallel()(fit(task, inputs, pair, strengths) for pair in pairs)
@@ -1561,10 +1561,8 @@ MODE_FLAGS = {  # which flags go with what is to be done
     "verify": {"vqa_dataset"},
     "export": {"representation", "layer"},
     "plot": {"representation", "layer", "color_by"},
-    "probe": {
-        *("representation", "layer", "above", "positive", "by", "group", "beside", "probe_model"),
-        *("seed", "save", "json", "plot"),
-    },
+    "probe": {"representation", "layer", "above", "positive", "by", "group", "beside", "seed"}
+    | {"probe_model", "json", "plot", "save"},
 }
 
 

@@ -15,6 +15,7 @@ import sklearn
 from conftest import ROOT, inspect
 from scipy.optimize import minimize
 from sklearn import metrics
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import (
@@ -627,6 +628,25 @@ def test_baselines_are_scikit_learns_own(known, facts):
     assert all(facts["report"][name]["auroc"] > 0.7 for name in MEANS)  # wrong: less likely
     assert facts["report"]["answer length"]["auroc"] == 0.5  # all have as many
     assert abs(facts["report"]["question text alone"]["auroc"] - 0.5) < 0.1
+
+
+def test_the_text_baseline_is_scikit_learns_own(known, facts, exported):
+    """A grid search over the inner folds, refitted on all training folds."""
+    labels = known[1]
+    _, fold_of, _ = exported
+    questions = inspect_h5.load_embeddings(known[0], VISION)[0]["question"].to_numpy(str)
+    pieces = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), sublinear_tf=True)
+    pipeline = make_pipeline(pieces, LogisticRegression(max_iter=5000))
+    grid = {"logisticregression__C": inspect_h5.STRENGTHS}
+    aurocs = []
+    for number in range(5):
+        train = fold_of != number
+        folds = PredefinedSplit(fold_of[train])
+        search = GridSearchCV(pipeline, grid, scoring="roc_auc", cv=folds)
+        scores = search.fit(questions[train], labels[train]).decision_function(questions)
+        aurocs.append(roc_auc_score(labels[~train], scores[~train]))
+    found = facts["report"]["question text alone"]["auroc"]
+    assert found == pytest.approx(np.mean(aurocs), abs=2e-3)
 
 
 def test_another_run_beside(known, tmp_path, capsys):
