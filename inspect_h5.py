@@ -1022,8 +1022,8 @@ def try_cell(task: Task, name: str, inputs: np.ndarray) -> list[Outcome]:
     is_state = inputs.dtype == np.float32
     size = inputs.shape[1] if is_state else 1  # the mean squared length of a sample's features
     strengths = [strength / size for strength in STRENGTHS]
-    if is_state and task.model == "mlp":
-        strengths = [1.0]  # it has no such penalty
+    if inputs.dtype == np.float64 or (is_state and task.model == "mlp"):
+        strengths = [1.0]  # the order of single numbers needs no penalty, the MLP has its own
     pairs = list(itertools.combinations(range(len(folds)), 2))
     fit = delayed(fit_and_score)
     fitted = Parallel()(fit(task, inputs, pair, strengths) for pair in pairs)
@@ -1531,7 +1531,7 @@ def draw_layers(axes: "matplotlib.axes.Axes", cells: dict[str, dict]) -> float: 
         layers, means, spreads = np.array(sorted(points)).T
         bars = [spreads, np.minimum(spreads, 1 - means)]  # no AUROC is above 1
         if run:
-            axes.plot(layers, means, "o--", color=color, mfc="white", ms=4, label=name)
+            axes.errorbar(layers, means, fmt="o--", color=color, mfc="white", ms=4, label=name)
         else:
             axes.errorbar(layers, means, bars, fmt="o-", color=color, ms=4, label=name)
     return lowest
@@ -1555,7 +1555,7 @@ def plot_probe(path: Path, facts: dict) -> None:
         axes.axhline(levels[name], color=color, lw=1.2, linestyle=dashes, label=label)
         lowest = min(lowest, levels[name])
     axes.axhline(0.5, color="#BBBBBB", lw=0.8, zorder=0)
-    axes.set_ylim(min(0.4, np.floor(10 * max(lowest, 0)) / 10), 1)
+    axes.set_ylim(min(0.4, np.floor(10 * max(lowest, 0)) / 10), 1.01)  # a line at 1 is seen
     figure.legend(loc="outside right center", frameon=False, handlelength=4)
     figure.savefig(path, dpi=150)
 
@@ -1728,10 +1728,8 @@ MODE_FLAGS = {  # which flags go with what is to be done
     "verify": {"vqa_dataset"},
     "export": {"representation", "layer"},
     "plot": {"representation", "layer", "color_by"},
-    "probe": {
-        *("representation", "layer", "above", "positive", "by", "group", "beside", "probe_model"),
-        *("seed", "save", "json", "plot"),
-    },
+    "probe": {"representation", "layer", "above", "positive", "by", "group", "beside", "seed"}
+    | {"probe_model", "json", "plot", "save"},
     "page": {"images_dir", "label", "max_samples", "question_id"},
 }
 
@@ -1822,9 +1820,7 @@ def check_can_write(path: Path) -> None:
 
 
 def run_probe(samples: Samples, vectors: Vectors, args: argparse.Namespace) -> Iterator[str]:
-    """The lines of --probe; what is to be written is checked before, and written after them."""
-    for path in filter(None, (args.plot, args.save)):
-        check_can_write(path)
+    """The lines of --probe; the picture and the table of --save are written after them."""
     if args.plot:
         new_figure(1, 1)  # which needs matplotlib
     facts, saved = probe(samples, vectors, args)
@@ -1854,6 +1850,8 @@ def run(mode: str, args: argparse.Namespace) -> tuple[int, Iterable[str]]:
     """The exit status, and the lines to print. Raises ImportError, OSError or ValueError."""
     if mode == "verify":
         return verify(args.paths, args.vqa_dataset)
+    for path in filter(None, (args.export, args.plot, args.save)):
+        check_can_write(path)
     parts, samples = open_run(args.paths)
     vectors = list_vectors(next(iter(parts.values())), args.representation, args.layer)
     if mode == "export":

@@ -341,6 +341,14 @@ def test_an_export_that_fails_leaves_nothing(output, tmp_path, capsys, monkeypat
     assert not list(tmp_path.glob("x*"))
 
 
+@pytest.mark.parametrize("flags", [["--export", "none/x.npz"], ["--plot", "none/x.png"]])
+def test_a_directory_that_is_not_there_is_one_line(run_dir, tmp_path, capsys, flags):
+    flag, path = flags
+    status, out, err = inspect(capsys, run_dir / "output", flag, tmp_path / path)
+    assert (status, out, len(err.splitlines())) == (1, "", 1)
+    assert "there is no directory" in err
+
+
 def test_parts_of_two_runs_are_not_mixed(output, tmp_path, capsys):
     with h5py.File(output / PART.format(2), "r+") as file:
         file.attrs["model_revision"] = "another"

@@ -15,6 +15,7 @@ import sklearn
 from conftest import ROOT, inspect
 from scipy.optimize import minimize
 from sklearn import metrics
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import (
@@ -512,7 +513,7 @@ def test_the_same_scene_in_two_files_needs_a_group(tmp_path):
         assert not set(scenes[rows]) & set(scenes[others])
 
 
-def test_categories_have_their_own_auroc(known, tmp_path, capsys):
+def test_categories_have_their_own_auroc(known, tmp_path):
     """One that holds all samples has the row's; a rare one has none; both are counted."""
     directory, labels = known
     table, _ = inspect_h5.load_embeddings(directory, VISION)
@@ -533,7 +534,7 @@ def test_categories_have_their_own_auroc(known, tmp_path, capsys):
     for name in ("mixed", "odd"):
         counts = [facts["by"][name][key] for key in ("num_samples", "num_positive")]
         assert counts == [(kinds == name).sum(), labels[kinds == name].sum()]
-    out = inspect(capsys, directory, *flags, by)[1].splitlines()
+    out = "\n".join(inspect_h5.show_probe(facts)).splitlines()
     of_odd = facts["by"]["odd"]
     assert out[-1].split() == ["odd", str(of_odd["num_samples"]), str(of_odd["num_positive"]), "-"]
     assert out[-2].split()[-1] == f"{facts['by']['mixed']['auroc']['query_token']:.2f}"
@@ -627,6 +628,25 @@ def test_baselines_are_scikit_learns_own(known, facts):
     assert all(facts["report"][name]["auroc"] > 0.7 for name in MEANS)  # wrong: less likely
     assert facts["report"]["answer length"]["auroc"] == 0.5  # all have as many
     assert abs(facts["report"]["question text alone"]["auroc"] - 0.5) < 0.1
+
+
+def test_the_text_baseline_is_scikit_learns_own(known, facts, exported):
+    """A grid search over the inner folds, refitted on all training folds."""
+    labels = known[1]
+    _, fold_of, _ = exported
+    questions = inspect_h5.load_embeddings(known[0], VISION)[0]["question"].to_numpy(str)
+    pieces = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), sublinear_tf=True)
+    pipeline = make_pipeline(pieces, LogisticRegression(max_iter=5000))
+    grid = {"logisticregression__C": inspect_h5.STRENGTHS}
+    aurocs = []
+    for number in range(5):
+        train = fold_of != number
+        folds = PredefinedSplit(fold_of[train])
+        search = GridSearchCV(pipeline, grid, scoring="roc_auc", cv=folds)
+        scores = search.fit(questions[train], labels[train]).decision_function(questions)
+        aurocs.append(roc_auc_score(labels[~train], scores[~train]))
+    found = facts["report"]["question text alone"]["auroc"]
+    assert found == pytest.approx(np.mean(aurocs), abs=2e-3)
 
 
 def test_another_run_beside(known, tmp_path, capsys):

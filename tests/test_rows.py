@@ -45,8 +45,14 @@ BAD_CSVS = {
     "blank id": (H + "  ,a.png,q,b\n", "line 2.*question_id is empty"),
     "missing column": ("question_id,image_id,answer\n1,a.png,b\n", r"column question is not .*\]$"),
     "no answers": ("question_id,image_id,question\n1,a.png,b\n", "column answer or gt_answer is"),
-    "column twice": ("question_id," + H + "1,1,a.png,q,b\n", "question_id and question_id are both there"),
-    "alias twice": ("gt_answer,gt_answer," + H[:-8] + "\n", "gt_answer and gt_answer are both there"),
+    "column twice": (
+        "question_id," + H + "1,1,a.png,q,b\n",
+        "question_id and question_id are both there",
+    ),
+    "alias twice": (
+        "gt_answer,gt_answer," + H[:-8] + "\n",
+        "gt_answer and gt_answer are both there",
+    ),
     "both answers": ("gt_answer," + H + "b,1,a.png,q,c\n", "gt_answer and answer are both there"),
     "both images": ("image_name," + H + "a,1,a,q,b\n", "image_name and image_id are both there"),
     "open quote": (H + '1,a.png,"q,b\n2,a.png,q,b\n', "line 3.*quotes"),
