@@ -555,7 +555,7 @@ def choose_layers(requested: tuple[int, ...] | str | None, num_layers: int) -> l
 def load_model(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, device_map: str | None
 ) -> nn.Module:
-    """The whole model in evaluation mode, from safetensors. Raises ValueError if weights lack."""
+    """The whole model in evaluation mode, from safetensors. Raises ValueError if any is missing."""
     torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
     # cuDNN's attention plans anew for each length, 23 to 37 ms each, and decoding has a new length
     # at every step.
@@ -1723,14 +1723,14 @@ def launcher_number(variable: str, default: int | None = None) -> int | None:
 
 def choose_device(name: str) -> torch.device:
     """The device; for `cuda` a launcher says which card. Raises ExtractionError."""
-    told = ""
+    source = ""
     if name == "cuda":
         variable = "LOCAL_RANK" if os.environ.get("LOCAL_RANK") else "SLURM_LOCALID"
         card = launcher_number(variable)
         if card is not None:
             num_cards = torch.cuda.device_count()
             name = f"cuda:{card % max(1, num_cards)}"  # a task that sees one card takes that one
-            told = f", by {variable}={card} with {num_cards} visible"
+            source = f", by {variable}={card} with {num_cards} visible"
     try:
         device = torch.empty(0, device=name).device
         if device.type == "cuda":
@@ -1738,8 +1738,8 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         advice = "without a GPU: --device cpu"
-        raise ExtractionError(f"--device {name}{told}: {reason} | {advice}") from error
-    log.info("device %s%s", device, told)
+        raise ExtractionError(f"--device {name}{source}: {reason} | {advice}") from error
+    log.info("device %s%s", device, source)
     return device
 
 
@@ -2012,11 +2012,12 @@ def list_our_files(output_dir: Path) -> list[Path]:
 
 def check_room(output_dir: Path, room: int, needed: int, compression: str) -> None:
     """Raises ExtractionError if the disk is too small; where compression may help, it warns."""
+    if needed <= room:
+        return
     message = f"{output_dir} has {room / 1e6:.1f} MB free; the run needs {needed / 1e6:.1f} MB"
-    if needed > room and compression == "none":
+    if compression == "none":
         raise ExtractionError(f"{message} | make room, or choose another --output-dir")
-    if needed > room:
-        log.warning("%s without compression, so it may not be enough", message)
+    log.warning("%s without compression, so it may not be enough", message)
 
 
 def make_parts(output_dir: Path, plan: list[list[Row]], to_do: set[str]) -> list[Part]:
@@ -2099,11 +2100,7 @@ def extract(args: argparse.Namespace) -> int:
         writer = PartWriter(attributes, job.prompter, args.compression)
         reader = make_reader(args, job)
         start = time.monotonic()
-        with (
-            catch_signals() as stops,
-            logging_redirect_tqdm([log]),
-            make_bar(len(to_do)) as bar,
-        ):
+        with catch_signals() as stops, logging_redirect_tqdm([log]), make_bar(len(to_do)) as bar:
             recorder = Recorder(lock, writer, bar)
             parts = itertools.chain([first_part] if first_part else [], claims)
             try:
@@ -2115,14 +2112,13 @@ def extract(args: argparse.Namespace) -> int:
             log.warning("stopped; what was finished is saved, and the same command continues")
             return stops[0]
         if reader.transparent:
-            num_images = len(reader.transparent)
-            told = "%d images are partly transparent, which is dropped as transformers does: %r ..."
-            log.warning(told, num_images, next(iter(reader.transparent)))
-        is_sound = True
+            message = "%d images are partly transparent, which transformers and we ignore: %r ..."
+            log.warning(message, len(reader.transparent), next(iter(reader.transparent)))
+        has_passed = True
         if args.test and launcher_number("RANK", 0) == 0:
-            is_sound = report_test(args, job, extractor)
+            has_passed = report_test(args, job, extractor)
         status = summarise(recorder, job, len(to_do), seconds)
-        return status if is_sound else 1
+        return status if has_passed else 1
 
 
 def make_reader(args: argparse.Namespace, job: Job) -> ImageReader:
@@ -2229,14 +2225,14 @@ def report_test(args: argparse.Namespace, job: Job, extractor: Extractor) -> boo
         mask_effects.append(relative_error(unmasked, soft_states))
         for name, vector in read_vectors(args.output_dir, row, expected).items():
             errors.setdefault(name, []).append(relative_error(vector, expected[name]))
-    is_sound = True
+    has_passed = True
     if errors:
         worst = {name: float(torch.tensor(of_rows).amax()) for name, of_rows in errors.items()}
-        is_sound = print_checks(extractor, has_same_tokens, query_pos, min(mask_effects), worst)
+        has_passed = print_checks(extractor, has_same_tokens, query_pos, min(mask_effects), worst)
     else:
         print("none of the first rows could be extracted, so nothing was checked")
     print_forecast(args, job, extractor)
-    return is_sound
+    return has_passed
 
 
 def print_checks(
@@ -2262,8 +2258,8 @@ def print_checks(
         ),
         f"states equal plain forward passes: error {worst:.1e}, bound {bound:g}": worst <= bound,
     }
-    for what, is_well in checks.items():
-        print(f"{'ok  ' if is_well else 'FAIL'}  {what}")
+    for what, is_ok in checks.items():
+        print(f"{'ok  ' if is_ok else 'FAIL'}  {what}")
     print(f"      {VISION} {errors[VISION]:.1e}; by layer {', '.join(map(str, extractor.layers))}:")
     for kind in (VISION_TOKEN, QUERY_TOKEN, MULTIMODAL):
         of_kind = [f"{errors[f'{kind}/layer_{layer_idx}']:.1e}" for layer_idx in extractor.layers]
@@ -2359,50 +2355,47 @@ def layer_list(text: str) -> tuple[int, ...] | str:
         ) from None
 
 
-def read_args(argv: list[str] | None) -> argparse.Namespace:
-    """What the command line says; exits with status 2 if it is wrong."""
-    formatter = argparse.RawDescriptionHelpFormatter
+def make_parser() -> argparse.ArgumentParser:
+    """The flags; a value in parentheses is a default."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=formatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
-    columns = "CSV with question_id, image_id or image_name, question, answer or gt_answer"
-    add("--vqa-dataset", type=Path, required=True, metavar="CSV", help=columns)
-    images = "directory of the images; image_id is a path in it"
-    add("--images-dir", type=Path, required=True, metavar="DIR", help=images)
-    output = "directory for the part files (default: %(default)s)"
-    add("--output-dir", type=Path, default="output", metavar="DIR", help=output)
+    columns = "question_id, image_id or image_name, question, answer or gt_answer"
+    add("--vqa-dataset", type=Path, required=True, metavar="CSV", help=f"CSV with {columns}")
+    add("--images-dir", type=Path, required=True, metavar="DIR", help="where image_id is a path")
+    add("--output-dir", type=Path, default="output", help="directory for the files (%(default)s)")
     add("--overwrite", action="store_true", help="start afresh: delete what this program wrote")
     add("--test", action="store_true", help="extract the first 3 rows, check them, and forecast")
-    model = "name on the Hugging Face hub, or a local directory (default: %(default)s)"
-    add("--model", default="google/gemma-3-12b-it", metavar="NAME|DIR", help=model)
-    revision = "branch, tag or commit on the hub (default: %(default)s)"
-    add("--revision", default="main", help=revision)
-    cache = "where models are downloaded to (default: ./model_cache, unless this machine's Hugging "
-    cache += "Face cache has the whole model, which is used then)"
-    add("--cache-dir", type=Path, metavar="DIR", help=cache)
-    device = "cuda, cpu or any torch device (default: %(default)s)"
-    add("--device", default="cuda", help=device)
+    add("--model", default="google/gemma-3-12b-it", help="on the hub, or a directory (%(default)s)")
+    add("--revision", default="main", help="branch, tag or commit on the hub (%(default)s)")
+    cache = "directory for downloads (this machine's Hugging Face cache if all is there, else "
+    add("--cache-dir", type=Path, metavar="DIR", help=f"{cache}./model_cache)")
+    add("--device", default="cuda", help="cuda, cpu or any other of torch's (%(default)s)")
     add("--device-map", choices=["auto"], help="spread one model over all visible GPUs")
-    dtype = "type of the weights and of all that is computed (default: %(default)s)"
-    dtypes = [*TEST_BOUNDS, "float16"]
-    add("--dtype", choices=dtypes, default="bfloat16", metavar="|".join(TEST_BOUNDS), help=dtype)
-    layers = (
-        "decoder layers to store, negative ones from the end, as in --layers=-1,0 (default: the "
-    )
-    layers += "first, the last and the quarters between)"
-    add("--layers", type=layer_list, metavar="I,J|all", help=layers)
-    limit = "longest answer in tokens; with 0 none is generated (default: %(default)s)"
+    dtypes = [*TEST_BOUNDS, "float16"]  # which is refused, with the reason
+    add("--dtype", choices=dtypes, default="bfloat16", help="of the computation (%(default)s)")
+    layers = "to store; negative ones from the end, as in --layers=-1,0 (first, quarters, last)"
+    add("--layers", type=layer_list, metavar="I,J|all", help=f"decoder layers {layers}")
+    limit = "longest answer, in tokens; with 0 none is generated (%(default)s)"
     add("--max-new-tokens", type=whole_number, default=200, metavar="N", help=limit)
-    batch = "questions that run side by side (default: %(default)s, as many as the memory takes)"
-    add("--batch-size", type=number_or_auto, default="auto", metavar="N|auto", help=batch)
+    batch_size = "questions that run side by side; auto: as many as fit (%(default)s)"
+    add("--batch-size", type=number_or_auto, default="auto", metavar="N", help=batch_size)
+    workers = "threads that read and resize images beside the model (%(default)s)"
     cores = min(8, len(os.sched_getaffinity(0)))
-    workers = "threads that read and resize images beside the model (default: %(default)s)"
     add("--num-workers", type=positive_number, default=cores, metavar="N", help=workers)
-    interval = "samples in each part file (default: %(default)s)"
+    interval = "samples in each part file (%(default)s)"
     add("--checkpoint-interval", type=positive_number, default=1000, metavar="N", help=interval)
-    compression = "of the vectors (default: %(default)s)"
+    compression = "compression of the vectors (%(default)s)"
     add("--compression", choices=["none", "gzip"], default="none", help=compression)
+    return parser
+
+
+def read_args(argv: list[str] | None) -> argparse.Namespace:
+    """What the command line says; exits with status 2 if it is wrong."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.dtype == "float16":
         parser.error("argument --dtype: Gemma 3's states exceed float16's 65504; use bfloat16")
