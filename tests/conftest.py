@@ -5,6 +5,7 @@ import contextlib
 import csv
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+README = ROOT / "README.md"
 sys.path[:0] = [str(ROOT), str(TESTS)]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tiny model's threads wait for each other
@@ -56,6 +58,13 @@ def make_options(vqa_dataset=CSV, images_dir=IMAGES, **fields):
 
     words = ["--vqa-dataset", str(vqa_dataset), "--images-dir", str(images_dir)]
     return argparse.Namespace(**{**vars(script.read_args(words)), **fields})
+
+
+def find_blocks():
+    """README's fenced blocks that have a name after their language: texts by language and name."""
+    text = README.read_text(encoding="utf-8")
+    found = re.findall(r"^```(\w+) (\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return {(language, name): block for language, name, block in found}
 
 
 def inspect(capsys, *args):

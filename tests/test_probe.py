@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import sklearn
-from conftest import ROOT, inspect
+from conftest import ROOT, find_blocks, inspect
 from scipy.optimize import minimize
 from sklearn import metrics
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -737,24 +737,8 @@ def test_the_positive_class_is_chosen(tiny, tmp_path, capsys):
 
 
 # What the README shows: the same model as a judge, between two runs of the extractor
-ASK_THE_JUDGE = """
-import pandas as pd
-
-table = pd.read_csv("labels.csv", dtype=str, keep_default_na=False)  # what --save wrote
-ask = 'Q: {question} Does "{answer}" mean the same as "{ground_truth_answer}"? Say yes or no.'
-questions = [ask.format(**row) for row in table.to_dict("records")]
-table[["question_id", "image_id"]].assign(question=questions, answer="").to_csv(
-    "judge.csv", index=False
-)
-"""
-READ_THE_JUDGE = """
-from inspect_h5 import load_embeddings
-
-said, _ = load_embeddings("judge", "vision_representation")
-verdict = said["answer"].str.lower().str.extract(r"^\\W*(yes|no)\\b")[0]
-said["label"] = verdict.map({"yes": "right", "no": "wrong"})
-said[["question_id", "label"]].to_csv("judged.csv", index=False)
-"""
+ASK_THE_JUDGE = find_blocks()["python", "ask"]
+READ_THE_JUDGE = find_blocks()["python", "read"]
 
 
 def test_the_same_model_judges(tiny, tmp_path, monkeypatch):
