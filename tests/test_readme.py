@@ -16,6 +16,9 @@ from pathlib import Path
 import pytest
 from conftest import CSV, IMAGES, MODEL, README, ROOT, find_blocks
 
+import inspect_h5
+import run_gemma3_extraction
+
 TEXT = README.read_text(encoding="utf-8")
 BLOCKS = find_blocks()
 SCRIPTS = ("run_gemma3_extraction.py", "inspect_h5.py")
@@ -161,14 +164,16 @@ def test_the_strip_shows_the_prompt(prompter, processor):
     assert f"its {len(tokens)} tokens" in TEXT
 
 
-def list_options(script):
-    command = [sys.executable, ROOT / script, "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def list_options(main, capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
     return set(re.findall(r"^  (?:-h, )?(--[\w-]+)", text, re.MULTILINE)) - {"--help"}
 
 
-def test_every_option_is_there_and_no_other():
-    extraction, inspector = map(list_options, SCRIPTS)
+def test_every_option_is_there_and_no_other(capsys):
+    extraction = list_options(run_gemma3_extraction.main, capsys)
+    inspector = list_options(inspect_h5.main, capsys)
     rows = re.findall(r"^\| `(--[\w-]+)[^|]*\| [^|]+ \|[^|]*\|$", TEXT, re.MULTILINE)
     assert len(rows) == len(set(rows))
     assert set(rows) == extraction
@@ -177,10 +182,9 @@ def test_every_option_is_there_and_no_other():
     assert named - ELSEWHERE <= extraction | inspector
 
 
-def test_defaults_are_the_programs(monkeypatch):
-    import run_gemma3_extraction as script
-
-    args = vars(script.read_args(["--vqa-dataset", "vqa.csv", "--images-dir", "images"]))
+def test_defaults_are_the_programs():
+    words = ["--vqa-dataset", "vqa.csv", "--images-dir", "images"]
+    args = vars(run_gemma3_extraction.read_args(words))
     rows = re.findall(r"^\| `--([\w-]+)[^|]*\| `?([^|`]+)`? \|[^|]*\|$", TEXT, re.MULTILINE)
     in_words = {"required", "off", "see above", "first, quarters, last", "cores, at most 8", "auto"}
     for name, default in rows:
