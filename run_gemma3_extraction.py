@@ -24,13 +24,13 @@ How a row travels through this script:
 `extract`, in "the run", puts these together.
 
 All prompts begin with the same tokens, up to the end of the image: the prefix. Each image runs
-through the vision tower and the prefix once. Each question about it then gets a lane, which is room
-in the cache for its keys and values, with the image's copied in. Questions are answered side by
-side, and when an answer ends, another question takes its lane.
+through the vision tower and the prefix once. Each question about it then gets a lane: its own
+stretch of the KV cache, which starts as a copy of the image's prefix. Questions are answered side
+by side, and when an answer ends, another question takes its lane.
 
 The same command continues where the last run stopped, and shares the work with runs that are still
-going. Exit status: 0 nothing is left to do, 1 could not start or continue, 2 wrong usage, 3 some
-rows failed, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
+going. Exit status: 0 done, 1 could not start or continue, or --test failed, 2 wrong usage, 3 some
+rows failed (under a launcher 0), 130 stopped by Ctrl-C, 143 by another signal.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-# Every pass has another shape, which would fragment CUDA's memory. torch reads this on import.
+# Shapes change with every pass and would fragment CUDA's memory. Set before torch reads it.
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
@@ -91,6 +91,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 # ────────────────────────────────────────── constants ──────────────────────────────────────────
 SCHEMA_VERSION = 3
 PART_NAME = "gemma3_12b_embeddings_part_{:03d}.h5"
+PARTS_GLOB = "gemma3_12b_embeddings_part_*.h5"
 OUR_FILES = re.compile(
     r"(gemma3_12b_embeddings_part_\d+|settings|failed_samples)"
     r"\.(h5|json|csv|(?P<host>.+)-(?P<pid>\d+)\.partial)"
@@ -113,21 +114,20 @@ MULTIMODAL = "multimodal_representation"
 
 NUM_TEST_ROWS = 3
 TEST_BOUNDS = {"float32": 1e-4, "bfloat16": 0.1}  # relative L2 error to a plain forward pass
-MAX_FAILED_ROWS = 25  # if the first rows that the model sees all fail, something is wrong with all
+MAX_FAILED_ROWS = 25  # give up if at least the first 25 rows all fail in the model
 MAX_MESSAGE = 1000  # characters
 SAMPLE_OVERHEAD = 6000  # bytes of a sample in a file beside its vectors: texts, groups, attributes
 VECTOR_OVERHEAD = 350  # bytes of HDF5's own for each vector; tests/test_parts.py measures both
 HASHED_BYTES = 2**16  # of the beginning of each tensor of a local model
 
 CPU_BATCH_SIZE = 64  # on two cores 3 % faster than 32; no result depends on it
-MAX_BATCH_SIZE = 256  # beyond it a decoding step takes longer in proportion
+MAX_BATCH_SIZE = 256  # above this a decoding step slows in proportion, so nothing is gained
 MAX_PASS_IMAGES = 8  # encoded together on an accelerator; a CPU is as fast one by one
 MAX_PASS_TOKENS = 8192  # of a prefill, padding included
-CPU_PASS_TOKENS = 512  # enough for a CPU's matrix products, and less padding in between
-TYPICAL_QUESTION = 64  # tokens after the prefix that a lane has room for without being widened
-# What a pass needs on a card beside weights and lanes, in bfloat16. The largest pass of the 12B
-# takes 2.9 GiB, as `tests/benchmark.py --paper` counts and prints. Where this is too little, the
-# run halves its batch.
+CPU_PASS_TOKENS = 512  # enough to keep a CPU busy; more would only add padding
+TYPICAL_QUESTION = 64  # tokens after the prefix for which every lane has room
+# Activations of one pass in bfloat16, on top of weights and lanes. `tests/benchmark.py --paper`
+# measures 2.9 GiB for the 12B's largest pass. If it is too little, the run halves its batch.
 WORKING_MEMORY = 4 * 2**30
 
 log = logging.getLogger("gemma3_extraction")
@@ -235,10 +235,9 @@ Outcome = Sample | Failure
 
 @dataclass(frozen=True)
 class Settings:
-    """What the stored vectors depend on: an output directory has one set of them.
+    """What the stored vectors depend on; all parts in an output directory must agree on it.
 
-    The rows' hash is there too. Processes that work together must have the same rows; a later run
-    may have others.
+    Except for `dataset_sha256`: processes at work together must agree on it, a later run need not.
     """
 
     schema_version: int
@@ -252,7 +251,7 @@ class Settings:
 
 
 def describe_differences(stored: Mapping, current: Mapping) -> str:
-    """Which values of `current` are not the stored ones, with both; empty if all are."""
+    """The values that differ, old and new, as text for a message; empty if none do."""
     differing = [name for name in current if stored.get(name) != current[name]]
     return "; ".join(
         f"{name} was {stored.get(name)!r} and is {current[name]!r}" for name in differing
@@ -539,7 +538,7 @@ def hash_local_model(directory: Path) -> str:
 
 
 def choose_layers(requested: tuple[int, ...] | str | None, num_layers: int) -> list[int]:
-    """The layers asked for, negatives from the end; by default HALP's: first, quarters, last."""
+    """Indices of the layers to store, sorted. The default is HALP's: first, quarters and last."""
     if requested == "all":
         return list(range(num_layers))
     quarters = (0, num_layers // 4, num_layers // 2, 3 * num_layers // 4, num_layers - 1)
@@ -623,7 +622,8 @@ def place_weights(
 ) -> tuple[str | dict, dict | None]:
     """`device_map` and `max_memory` for transformers.
 
-    Weights that do not fit on the cards beside the work stay in host memory; the log says so.
+    Room for lanes and activations is set aside first. Weights that do not fit into the rest stay in
+    host memory, and the log says so.
     """
     room = {}
     for card in list_cards(device, device_map):
@@ -818,8 +818,8 @@ def capture_states(
     over its tokens except where `is_padding` [n, L]. All hooks are removed at the end.
     """
     states = CapturedStates()
-    # Both are on the device before the pass: a copy within it would make the card wait. Only where
-    # accelerate has spread a model over several cards are they copied to the others, once each.
+    # Both are on the device already: a copy during the pass would stall the card. If the model is
+    # spread over several cards, each of the others gets one copy.
     places = {token_pos.device: (token_pos[:, None, None], is_padding[:, :, None])}
 
     def on_vision_tower(module, args, output) -> None:
@@ -833,7 +833,7 @@ def capture_states(
         states.kept_tokens.append(torch.take_along_dim(output, index, dim=1)[:, 0].float())
         states.token_sums.append(output.masked_fill(padding, 0).sum(dim=1, dtype=torch.float32))
 
-    with contextlib.ExitStack() as hooks:  # which removes them
+    with contextlib.ExitStack() as hooks:  # a handle's `__exit__` removes its hook
         hooks.enter_context(model.model.vision_tower.register_forward_hook(on_vision_tower))
         for layer_idx in layers:
             layer = model.model.language_model.layers[layer_idx]
@@ -852,9 +852,9 @@ class Lanes:
     """The keys and values of all sequences that are running, one lane for each.
 
     Those of a layer are one tensor [2, lanes, kv_heads, slots, head_dim] on the layer's device. A
-    slot is a position in the prompt and its answer. A token sees its own lane only, up to itself.
-    What lies behind must be finite all the same: attention multiplies it by 0, and a NaN would
-    survive that.
+    slot is a position in the prompt and its answer. A token attends to its own lane only, up to
+    itself. Later slots must still hold finite values: attention weights them by 0, and 0 x NaN is
+    NaN.
     """
 
     def __init__(self) -> None:
@@ -927,7 +927,7 @@ class LaneCache:
             self._index = torch.tensor(lane_ids).to(positions.device, non_blocking=True)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_, **__) -> tuple:
-        """Store the tokens' [n, kv_heads, L, head_dim]; returns all that their lanes have."""
+        """Store new keys and values [n, kv_heads, L, head_dim]; returns all of their lanes'."""
         layer = self._layers[layer_idx]  # [2, lanes, kv_heads, slots, head_dim]
         index = self._index.to(keys.device)
         positions = self._positions.to(keys.device)
@@ -941,10 +941,10 @@ class LaneCache:
 def causal_masks(
     positions: Tensor, num_slots: int, window: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """What attention adds for tokens at `positions` [n, L]: [n, 1, L, slots] per kind of layer.
+    """Additive attention masks [n, 1, L, slots] for tokens at `positions` [n, L], by layer type.
 
-    A token sees its lane up to itself; in sliding layers the last `window` positions, its own
-    included.
+    A token attends to its lane up to itself; in sliding layers to the last `window` positions, its
+    own included.
     """
     slots = torch.arange(num_slots, device=positions.device)
     distance = positions[:, None, :, None] - slots  # [n, 1, L, slots]
@@ -963,13 +963,18 @@ def lane_slots(num_prompt_tokens: int, max_new_tokens: int) -> int:
     return math.ceil((num_prompt_tokens + max_new_tokens) / 64) * 64
 
 
+def usual_lane_slots(num_prefix: int, max_new_tokens: int) -> int:
+    """Slots of a lane for a question of typical length."""
+    return lane_slots(num_prefix + TYPICAL_QUESTION, max_new_tokens)
+
+
 class Scheduler:
     """Which sequences wait, which run in which lane, and which are run together.
 
-    There is no tensor in it. The running sequences are in lanes 0, 1, 2, ... side by side; a
-    sequence that ends leaves a gap, and its lane is still run until the gap is closed. Lanes are as
-    wide as the longest running prompt needs, or as a typical question does. All together never have
-    more slots than `batch_size` lanes of that usual width, so a long prompt makes them fewer.
+    It holds no tensors. Running sequences occupy lanes 0, 1, 2, ...; one that ends leaves a gap,
+    which is still computed until `close_gaps`. All lanes are equally wide: wide enough for a
+    typical question, or for the longest running prompt if that needs more. The total never exceeds
+    `batch_size` lanes of the usual width, so a long prompt leaves room for fewer lanes.
     """
 
     def __init__(
@@ -982,7 +987,7 @@ class Scheduler:
         self._num_prefix = num_prefix
         self._max_new_tokens = max_new_tokens
         self._max_pass_tokens = max_pass_tokens
-        self._usual_slots = lane_slots(num_prefix + TYPICAL_QUESTION, max_new_tokens)
+        self._usual_slots = usual_lane_slots(num_prefix, max_new_tokens)
         self.num_slots = self._usual_slots  # of each lane
 
     @property
@@ -1036,9 +1041,9 @@ class Scheduler:
         return admitted
 
     def prefill_batches(self) -> list[list[Sequence]]:
-        """The sequences that were admitted since the last call, as they are to be run together.
+        """The sequences admitted since the last call, in batches of similar length.
 
-        Those of similar length are: the shorter ones of a batch are padded to its longest.
+        Each batch is padded to its longest prompt, so similar lengths waste the least.
         """
         by_length = sorted(self._admitted, key=self._num_suffix_tokens)
         self._admitted = []
@@ -1108,9 +1113,10 @@ class Extractor:
 
     @torch.inference_mode()
     def run(self, images: Iterator[PreparedImage]) -> Iterator[list[Outcome]]:
-        """The outcomes of each pass, often none: samples as their answers end, and failures.
+        """Yield after each pass the outcomes that it completed, often none.
 
-        What runs side by side depends on the order of the images and the batch size only.
+        Which sequences share a pass depends only on the order of images, the batch size and when
+        answers end, never on timing.
         """
         scheduler = self.scheduler
         is_exhausted = False
@@ -1190,7 +1196,8 @@ class Extractor:
         if not self.max_new_tokens:
             self._keep_states(sequences, states)
             return [self._finish(sequence) for sequence in sequences]
-        last = torch.take_along_dim(hidden_states, last_pos[:, None, None], dim=1)  # [n, 1, D]
+        index = last_pos[:, None, None].to(hidden_states.device)  # another card under device_map
+        last = torch.take_along_dim(hidden_states, index, dim=1)  # [n, 1, D]
         logits = self._logits(last[:, 0])
         chosen = choose_tokens(logits)
         first_token = torch.distributions.Categorical(logits=logits, validate_args=False)
@@ -1277,7 +1284,7 @@ class Extractor:
         return sequence.generated_ids[-1] in self.end_ids
 
     def _finish(self, sequence: Sequence) -> Outcome:
-        """What has become of a sequence, which leaves its lane."""
+        """Free the sequence's lane and turn it into a Sample, or a Failure if it has NaN or inf."""
         self.scheduler.finish(sequence)
         prompt = sequence.prompt
         image = sequence.image
@@ -1301,10 +1308,10 @@ class Extractor:
             prompt,
             image.image_sha256,
             vectors,
-            answer_ids,
-            sequence.is_truncated,
-            sequence.logprobs,
-            sequence.first_token_entropy,
+            answer_ids=answer_ids,
+            is_truncated=sequence.is_truncated,
+            logprobs=sequence.logprobs,
+            first_token_entropy=sequence.first_token_entropy,
         )
 
 
@@ -1478,7 +1485,7 @@ def read_stored_names(output_dir: Path, settings: Settings, rows: Iterable[Row] 
     by_name = {group_name(row.question_id): row for row in rows}
     owners: dict[str, Path] = {}
     num_other_truths = 0
-    for path in sorted(output_dir.glob("gemma3_12b_embeddings_part_*.h5")):
+    for path in sorted(output_dir.glob(PARTS_GLOB)):
         with explain_read_errors(path), h5py.File(path, "r", locking=False) as part:
             stored = {name: np.asarray(value).tolist() for name, value in part.attrs.items()}
             check_settings(path, stored, settings)
@@ -1557,12 +1564,13 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 class OutputLock:
     """POSIX record locks on `{output_dir}/.lock`. The kernel drops them when their process ends.
 
-    Byte 0 is the directory: one process has it while it checks what is there, then all that are at
-    work share it. Byte k is part k: whoever has it writes that part, until the process ends.
+    Byte 0 stands for the directory: a process holds it exclusively while it checks the contents,
+    then all running processes share it. Byte k stands for part k: its holder writes that part, and
+    holds it until the process ends.
 
-    On some file systems locks reach the processes of one host only, and nobody says so. So a
-    process also creates the `.partial` file of each part it claims. What another process has marked
-    in this way is left for the end, when it may be computed twice, which does no harm.
+    Some file systems silently keep locks local to one host. So a process also marks each part it
+    claims by creating its `.partial` file. Parts that someone else has marked are left for the end;
+    if one is then computed twice, that does no harm.
     """
 
     FAILURES = 1 << 40  # the byte of `failed_samples.csv`, which all processes write to
@@ -1597,8 +1605,10 @@ class OutputLock:
             if error.errno not in NO_LOCKS:
                 raise
             if self._has_locks:
-                rule = "this must be the only process there"
-                log.warning("the file system of %s has no locks: %s", self.output_dir, rule)
+                log.warning(
+                    "the file system of %s has no locks: this must be the only process there",
+                    self.output_dir,
+                )
             self._has_locks = False
         return True
 
@@ -1634,13 +1644,13 @@ class OutputLock:
         self._lock(self.SHARED, 0)
 
     def claim(self, part: Part, take_over: bool) -> bool:
-        """Whether this process is to write a part from now on.
+        """Try to claim a part; returns whether this process now owns it.
 
-        It is not if another one marked the part before, unless we `take_over`.
+        A part that another process marked first is refused, unless `take_over`.
         """
         if not self._lock(self.EXCLUSIVE, part.number):
             return False
-        mark = partial_path(part.path)  # which the part is written to when it is complete
+        mark = partial_path(part.path)  # `put_in_place` later writes the part under this name
         mark.touch()
         if take_over or self._first_to_mark(part.path) == mark.name:
             return True
@@ -1693,8 +1703,8 @@ class OutputLock:
 def claim_parts(lock: OutputLock, parts: list[Part]) -> Iterator[Part]:
     """Parts that nobody else works on, each claimed when it is asked for, with the rows it misses.
 
-    The second round takes what others had marked and is still missing: their process may have
-    died, or be on a host that our locks do not reach.
+    A second round takes parts that others marked but have not finished: they may have died, or run
+    on a host that our locks do not reach.
     """
     left = list(parts)
     for is_last_round in (False, True):
@@ -1745,17 +1755,17 @@ def choose_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Within this, Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 (Slurm's warning) ask the run to stop.
+    """Let Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 (Slurm's warning) ask the run to stop.
 
-    The list has the exit statuses that they ask for. Ctrl-C once more ends the process at once.
-    Signals that are ignored, as under nohup, stay so.
+    Each appends its exit status to the list. A second Ctrl-C ends the process at once. Signals that
+    are ignored, as under nohup, stay ignored.
     """
     stops: list[int] = []
     first_time = math.inf
 
     def receive(signum: int, frame) -> None:
         nonlocal first_time
-        # A launcher passes on the Ctrl-C that the terminal has sent already: that is not a second.
+        # A launcher forwards the Ctrl-C that the terminal also sent us: that is not a second one.
         is_echo = "WORLD_SIZE" in os.environ and time.monotonic() - first_time < 1
         if signum == signal.SIGINT and stops and not is_echo:
             os._exit(130)
@@ -1852,13 +1862,13 @@ class Recorder(Outcomes):
         self._bar.set_postfix(failed=self.num_failed, refresh=False)
         self._bar.update()
         if len(outcomes) == len(part.missing):
-            self._raise_failed_write()  # which waits, or parts to write would fill the memory
+            self._raise_failed_write()  # waits, so that at most one part is queued in memory
             self._start_write(part.number)
         elif self._writes and self._writes[-1].done():
             self._raise_failed_write()
 
     def finish(self) -> None:
-        """Write what there is of the parts in memory, all that can be; raise what went wrong."""
+        """Write all parts still in memory, complete or not; then raise the first error, if any."""
         for number in list(self._in_memory):
             self._start_write(number)
         wait(self._writes)
@@ -1879,7 +1889,7 @@ class Recorder(Outcomes):
         try:
             if samples or (is_complete and not part.path.exists()):
                 self._writer.write(part.path, part.planned, samples)
-        except MemoryError as error:  # which is not the model's, that half a batch would help
+        except MemoryError as error:  # not for `extract_rows`: a smaller batch would not help here
             raise ExtractionError(
                 f"too little memory to put {part.path.name} together | the same command continues; "
                 "in a new directory a smaller --checkpoint-interval needs less"
@@ -1898,10 +1908,11 @@ def extract_rows(
 ) -> None:
     """Extract the rows that have no outcome yet, then those of `parts`, until asked to stop.
 
-    Where memory runs out, half the batch continues with the rows that have no outcome yet. A
-    question that does not fit alone fails, and the batch size from before it comes back.
+    When memory runs out, the batch size is halved and all unfinished rows start over. A question
+    that does not fit even alone is recorded as failed, and the earlier batch size is restored.
     """
-    size_before: dict[str, int] = {}  # by question_id: when memory first ran out before its end
+    # By question_id: the batch size at the first out-of-memory error that interrupted the question.
+    size_before: dict[str, int] = {}
     while True:
         try:
             all_rows = itertools.chain([outcomes.unfinished()], parts)
@@ -1944,7 +1955,7 @@ class Job:
 
 def prepare(args: argparse.Namespace) -> Job:
     """Read the CSV and the model's small files. Raises ExtractionError."""
-    launcher_number("WORLD_SIZE")  # used at the end, but what is wrong with it is told now
+    launcher_number("WORLD_SIZE")  # fail now rather than at the end if it is malformed
     rows = read_rows(args.vqa_dataset)
     check_images(rows, args.images_dir)
     device = choose_device(args.device)
@@ -1973,7 +1984,7 @@ def hash_rows(rows: list[Row]) -> str:
 
 
 def open_output(lock: OutputLock, job: Job, overwrite: bool, compression: str) -> set[str]:
-    """Enter the output directory: the question_ids of wanted rows that are not stored there.
+    """Lock and check the output directory; returns the question_ids that are still to do.
 
     Raises ExtractionError if it is in use, has parts of another run in it, or is too small.
     """
@@ -1993,21 +2004,18 @@ def open_output(lock: OutputLock, job: Job, overwrite: bool, compression: str) -
         stored = read_stored_names(output_dir, job.settings, job.rows if is_alone else ())
     unstored = {row.question_id for row in job.rows if group_name(row.question_id) not in stored}
     to_do = {row.question_id for row in job.wanted if row.question_id in unstored}
-    ours = list_our_files(output_dir) if overwrite else []
-    room = shutil.disk_usage(output_dir).free + sum(path.stat().st_size for path in ours)
+    doomed = []
+    if overwrite:
+        doomed = [path for path in output_dir.iterdir() if OUR_FILES.fullmatch(path.name)]
+    room = shutil.disk_usage(output_dir).free + sum(path.stat().st_size for path in doomed)
     check_room(output_dir, room, len(to_do) * job.sample_bytes, compression)
-    for path in ours:
+    for path in doomed:
         path.unlink()
     if is_alone:
         with lock.failures():
             update_failures(output_dir, unstored.__contains__)
         lock.share(job.settings)
     return to_do
-
-
-def list_our_files(output_dir: Path) -> list[Path]:
-    """What this program wrote there, and nothing else."""
-    return [path for path in output_dir.iterdir() if OUR_FILES.fullmatch(path.name)]
 
 
 def check_room(output_dir: Path, room: int, needed: int, compression: str) -> None:
@@ -2040,7 +2048,7 @@ def load_extractor(args: argparse.Namespace, job: Job) -> Extractor:
     batch_size = args.batch_size
     if batch_size is None:
         cards = list_cards(job.device, args.device_map)
-        num_slots = lane_slots(len(job.prompter.prefix) + TYPICAL_QUESTION, args.max_new_tokens)
+        num_slots = usual_lane_slots(len(job.prompter.prefix), args.max_new_tokens)
         batch_size = choose_batch_size(checkpoint.config, dtype, cards, num_slots)
     layers = job.settings.layers
     extractor = Extractor(model, job.prompter, layers, args.max_new_tokens, batch_size, job.device)
@@ -2090,10 +2098,9 @@ def extract(args: argparse.Namespace) -> int:
         log.info("%d rows in the plan, %d to do", len(job.wanted), len(to_do))
         plan = plan_parts(job.rows, args.checkpoint_interval)
         claims = claim_parts(lock, make_parts(args.output_dir, plan, to_do))
-        # Claims the first part before the model loads: eight processes on two parts need not load
-        # eight models.
+        # Claim a part before loading: a process that gets none need not load the model.
         first_part = next(claims, None)
-        if first_part is None and not args.test:
+        if first_part is None and (to_do or not args.test):
             return summarise(Outcomes(), job, len(to_do), seconds=0)
         extractor = load_extractor(args, job)
         attributes = describe_run(args, job, extractor.model) | dataclasses.asdict(job.settings)
@@ -2112,10 +2119,10 @@ def extract(args: argparse.Namespace) -> int:
             log.warning("stopped; what was finished is saved, and the same command continues")
             return stops[0]
         if reader.transparent:
-            message = "%d images are partly transparent, which transformers and we ignore: %r ..."
+            message = "%d images have transparency, which is dropped as in transformers: %r ..."
             log.warning(message, len(reader.transparent), next(iter(reader.transparent)))
         has_passed = True
-        if args.test and launcher_number("RANK", 0) == 0:
+        if args.test:  # whoever extracted the first rows checks them
             has_passed = report_test(args, job, extractor)
         status = summarise(recorder, job, len(to_do), seconds)
         return status if has_passed else 1
@@ -2192,13 +2199,13 @@ def reference_forward(
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """The L2 norm of the difference by that of what was expected."""
+    """||found - expected|| / ||expected||, in L2."""
     return float((found - expected).norm() / expected.norm())
 
 
 def read_vectors(output_dir: Path, row: Row, names: Iterable[str]) -> dict[str, Tensor]:
     """What is stored for a row; nothing if it is not."""
-    for path in output_dir.glob("gemma3_12b_embeddings_part_*.h5"):
+    for path in output_dir.glob(PARTS_GLOB):
         with explain_read_errors(path), h5py.File(path, "r", locking=False) as part:
             if group_name(row.question_id) in part:
                 group = part[group_name(row.question_id)]
@@ -2268,7 +2275,7 @@ def print_checks(
 
 
 def print_forecast(args: argparse.Namespace, job: Job, extractor: Extractor) -> None:
-    """Extract about one batch of rows, and print what the whole CSV takes if all are like these."""
+    """Time about one batch of rows, store nothing, and extrapolate to the whole CSV."""
     num_rows = len(job.rows)
     by_image = group_by_image(job.rows)
     step = max(1, num_rows // extractor.scheduler.batch_size)
@@ -2365,7 +2372,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     columns = "question_id, image_id or image_name, question, answer or gt_answer"
     add("--vqa-dataset", type=Path, required=True, metavar="CSV", help=f"CSV with {columns}")
-    add("--images-dir", type=Path, required=True, metavar="DIR", help="where image_id is a path")
+    images = "directory that image_id is relative to, extension included"
+    add("--images-dir", type=Path, required=True, metavar="DIR", help=images)
     add("--output-dir", type=Path, default="output", help="directory for the files (%(default)s)")
     add("--overwrite", action="store_true", help="start afresh: delete what this program wrote")
     add("--test", action="store_true", help="extract the first 3 rows, check them, and forecast")
@@ -2427,8 +2435,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         message = (
             f"{error} | the files in {args.output_dir} are whole; what could not be written is "
+            "lost, and the same command continues"
         )
-        message += "lost, and the same command continues"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message += " once there is room"
     log.error("%s", " ".join(message.split())[: 2 * MAX_MESSAGE])

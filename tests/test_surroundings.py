@@ -266,9 +266,9 @@ def test_dropped_transparency_is_one_warning(run_here, tmp_path):
     palette.save(images / "palette.gif", transparency=0)
     rows = [(str(i), path.name, Q, "") for i, path in enumerate(sorted(images.iterdir()))]
     _, stderr = run_here(*QUICK, rows=rows, images_dir=images)
-    assert stderr.count("2 images are partly transparent") == 1
+    assert stderr.count("2 images have transparency") == 1
     assert "'diagram.png'" in stderr
-    assert "transparent" not in run_here(*QUICK, "--overwrite", rows=ROWS)[1]
+    assert "transparency" not in run_here(*QUICK, "--overwrite", rows=ROWS)[1]
 
 
 def test_the_allocator_of_cuda_keeps_its_memory_in_one_piece():
