@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Look into the part files that run_gemma3_extraction.py writes, and probe the states in them.
 
-    python inspect_h5.py output                      what was run, figures, first samples
-    python inspect_h5.py output --question-id 42     the same of one sample, its texts whole
+    python inspect_h5.py output                      what was run, statistics, first samples
+    python inspect_h5.py output --question-id 42     one sample in full
     python inspect_h5.py output --verify --vqa-dataset vqa.csv
     python inspect_h5.py output --export layer_24.npz --layer 24
     python inspect_h5.py output --plot pca.png --color-by labels.csv:hallucinated

@@ -2372,29 +2372,33 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     columns = "question_id, image_id or image_name, question, answer or gt_answer"
     add("--vqa-dataset", type=Path, required=True, metavar="CSV", help=f"CSV with {columns}")
-    images = "directory that image_id is relative to, extension included"
+    images = "directory of the images; image_id is a path in it, extension included"
     add("--images-dir", type=Path, required=True, metavar="DIR", help=images)
-    add("--output-dir", type=Path, default="output", help="directory for the files (%(default)s)")
-    add("--overwrite", action="store_true", help="start afresh: delete what this program wrote")
-    add("--test", action="store_true", help="extract the first 3 rows, check them, and forecast")
-    add("--model", default="google/gemma-3-12b-it", help="on the hub, or a directory (%(default)s)")
+    output = "where the part files go (%(default)s)"
+    add("--output-dir", type=Path, default="output", metavar="DIR", help=output)
+    add("--overwrite", action="store_true", help="start afresh: delete this program's files there")
+    test = "extract 3 rows, compare them with transformers, forecast time and disk"
+    add("--test", action="store_true", help=test)
+    model = "name on the hub, or a directory (%(default)s)"
+    add("--model", default="google/gemma-3-12b-it", metavar="NAME", help=model)
     add("--revision", default="main", help="branch, tag or commit on the hub (%(default)s)")
-    cache = "directory for downloads (this machine's Hugging Face cache if all is there, else "
-    add("--cache-dir", type=Path, metavar="DIR", help=f"{cache}./model_cache)")
-    add("--device", default="cuda", help="cuda, cpu or any other of torch's (%(default)s)")
+    cache = "a Hugging Face cache (yours if it has the whole model, else ./model_cache)"
+    add("--cache-dir", type=Path, metavar="DIR", help=cache)
+    add("--device", default="cuda", help="cuda, cuda:1, cpu or another torch device (%(default)s)")
     add("--device-map", choices=["auto"], help="spread one model over all visible GPUs")
+    dtype = "precision of weights and states, bfloat16 or float32 (%(default)s)"
     dtypes = [*TEST_BOUNDS, "float16"]  # which is refused, with the reason
-    add("--dtype", choices=dtypes, default="bfloat16", help="of the computation (%(default)s)")
+    add("--dtype", choices=dtypes, default="bfloat16", metavar="TYPE", help=dtype)
     layers = "to store; negative ones from the end, as in --layers=-1,0 (first, quarters, last)"
     add("--layers", type=layer_list, metavar="I,J|all", help=f"decoder layers {layers}")
     limit = "longest answer, in tokens; with 0 none is generated (%(default)s)"
     add("--max-new-tokens", type=whole_number, default=200, metavar="N", help=limit)
-    batch_size = "questions that run side by side; auto: as many as fit (%(default)s)"
+    batch_size = "questions answered side by side; auto: as many as fit (%(default)s)"
     add("--batch-size", type=number_or_auto, default="auto", metavar="N", help=batch_size)
     workers = "threads that read and resize images beside the model (%(default)s)"
     cores = min(8, len(os.sched_getaffinity(0)))
     add("--num-workers", type=positive_number, default=cores, metavar="N", help=workers)
-    interval = "samples in each part file (%(default)s)"
+    interval = "samples in each part file; kill -9 loses the unfinished ones (%(default)s)"
     add("--checkpoint-interval", type=positive_number, default=1000, metavar="N", help=interval)
     compression = "compression of the vectors (%(default)s)"
     add("--compression", choices=["none", "gzip"], default="none", help=compression)
