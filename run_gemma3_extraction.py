@@ -468,8 +468,10 @@ def find_in_hub(name: str, revision: str, cache_dir: Path | None) -> Path:
         with contextlib.suppress(LocalEntryNotFoundError):
             cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
             names = {"config.json", "tokenizer_config.json"} | list_weights(cached)
-            has_processor = any(cached.glob("*processor_config.json"))
-            if has_processor and all((cached / needed).exists() for needed in names):
+            has_rest = any(cached.glob("tokenizer.*")) and any(
+                cached.glob("*processor_config.json")
+            )
+            if has_rest and all((cached / needed).exists() for needed in names):
                 log.info("the model is in this machine's Hugging Face cache: %s", cached)
                 return cached
         cache_dir = Path("model_cache")
@@ -503,9 +505,9 @@ def download_weights(checkpoint: Checkpoint) -> None:
 
 def check_which_weights(directory: Path, is_local: bool) -> None:
     """Raises ExtractionError where it is unclear which weights of a directory are meant."""
-    if (directory / "adapter_config.json").exists():
+    for path in directory.glob("adapter_*"):
         raise ExtractionError(
-            f"{directory} has an adapter beside the weights (adapter_config.json) "
+            f"{directory} has an adapter beside the weights ({path.name}) "
             "| merge it into the weights first, or remove it"
         )
     has_both = (directory / WEIGHTS_NAME).exists() and (directory / INDEX_NAME).exists()
@@ -677,6 +679,11 @@ class Prompter:
         self._special_ids = {token_id for token_id, token in added.items() if token.special}
         self._special_ids.add(config.image_token_id)
         self._tokenizer_lock = threading.Lock()  # it must not serve two threads at once
+        example = "Is this a Dog?"
+        if example not in self.render(example):
+            raise ValueError("its chat template changes the question")
+        if self.render(example) == self.render(example, add_generation_prompt=False):
+            raise ValueError("its chat template has no generation prompt")
         plain = self._encode("?")
         if plain.count(self._tokenizer.bos_token_id) != 1:
             raise ValueError("its chat template does not give exactly one <bos>")
@@ -688,10 +695,12 @@ class Prompter:
         self.prefix = plain[: self.soft_stop + 1]
         self._plain_specials = [token_id for token_id in plain if token_id in self._special_ids]
 
-    def render(self, question: str) -> str:
+    def render(self, question: str, add_generation_prompt: bool = True) -> str:
         """The chat template with one user turn, image then question, and the generation prompt."""
         turns = [make_user_turn({"type": "image"}, question)]
-        return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return self.processor.apply_chat_template(
+            turns, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
 
     def _encode(self, question: str) -> list[int]:
         boi_token = self.processor.boi_token
@@ -1332,9 +1341,14 @@ def group_name(question_id: str) -> str:
     return name.replace(".", "%2E") if not name.strip(".") else name
 
 
+def host_name() -> str:
+    """This host, and its PID namespace: containers of one host name count processes anew."""
+    return f"{socket.gethostname()}_{os.stat('/proc/self/ns/pid').st_ino}"
+
+
 def partial_path(path: Path) -> Path:
     """Where this process writes a file before it is whole; no other process has the same name."""
-    return path.with_name(f"{path.stem}.{socket.gethostname()}-{os.getpid()}.partial")
+    return path.with_name(f"{path.stem}.{host_name()}-{os.getpid()}.partial")
 
 
 def put_in_place(path: Path, content: bytes | memoryview) -> None:
@@ -1372,6 +1386,16 @@ def explain_read_errors(path: Path) -> Iterator[None]:
         raise ExtractionError(
             f"{path} cannot be read: {error} | move it away and run the same command again"
         ) from error
+
+
+@contextlib.contextmanager
+def open_part(path: Path) -> Iterator[h5py.File]:
+    """A finished part, to read. Raises ExtractionError, also for errors within the body."""
+    with explain_read_errors(path):
+        if not path.is_file():  # a pipe, for example, would never open
+            raise ValueError("it is no file")
+        with h5py.File(path, "r", locking=False) as part:
+            yield part
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1434,8 +1458,11 @@ def write_vectors(group: h5py.Group, vectors: dict[str, np.ndarray], compression
 class PartWriter:
     """Puts a part together in memory, in the order of the plan, and then in place."""
 
-    def __init__(self, attributes: dict, prompter: Prompter, compression: str = "none") -> None:
-        self._attributes = attributes  # the root's
+    def __init__(
+        self, settings: Settings, described: dict, prompter: Prompter, compression: str = "none"
+    ) -> None:
+        self._settings = settings
+        self._described = described  # the other root attributes
         self._prompter = prompter
         self._compression = compression
 
@@ -1453,6 +1480,7 @@ class PartWriter:
                 with explain_read_errors(path):
                     old = stack.enter_context(h5py.File(path, "r", locking=False))
                     order += [name for name in old if name not in order]
+                    check_settings(path, read_attributes(old), self._settings)
             # HDF5 1.10's format: smaller, with checksums over all but the vectors themselves.
             part = stack.enter_context(
                 h5py.File(content, "w", track_order=True, libver=("v110", "v110"))
@@ -1463,7 +1491,7 @@ class PartWriter:
                         h5py.h5o.copy(old.id, name.encode(), part.id, name.encode())
                 elif name in new:
                     write_sample(part, new[name], self._prompter, self._compression)
-            part.attrs.update(self._attributes)
+            part.attrs.update(self._described | dataclasses.asdict(self._settings))
             part.attrs["num_samples"] = len(part)
             part.attrs["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
         put_in_place(path, content.getbuffer())
@@ -1486,8 +1514,8 @@ def read_stored_names(output_dir: Path, settings: Settings, rows: Iterable[Row] 
     owners: dict[str, Path] = {}
     num_other_truths = 0
     for path in sorted(output_dir.glob(PARTS_GLOB)):
-        with explain_read_errors(path), h5py.File(path, "r", locking=False) as part:
-            stored = {name: np.asarray(value).tolist() for name, value in part.attrs.items()}
+        with open_part(path) as part:
+            stored = read_attributes(part)
             check_settings(path, stored, settings)
             if stored["num_samples"] != len(part):
                 raise ValueError(f"{len(part)} samples; expected {stored['num_samples']}")
@@ -1500,6 +1528,11 @@ def read_stored_names(output_dir: Path, settings: Settings, rows: Iterable[Row] 
     if num_other_truths:
         log.warning("%d stored ground truths differ from the CSV's; they stay", num_other_truths)
     return set(owners)
+
+
+def read_attributes(part: h5py.File) -> dict:
+    """The root attributes of a part, as Python's own types."""
+    return {name: np.asarray(value).tolist() for name, value in part.attrs.items()}
 
 
 def check_settings(path: Path, stored: dict, settings: Settings) -> None:
@@ -1587,7 +1620,7 @@ class OutputLock:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             advice = "choose one to write to"
-            if os.path.exists(path):
+            if isinstance(error, PermissionError) and os.path.exists(path):
                 status = path.stat()
                 mode = stat.filemode(status.st_mode)
                 advice = f"change the permissions of {path}: {mode}, of uid {status.st_uid}"
@@ -1623,12 +1656,12 @@ class OutputLock:
 
     def check_others(self, settings: Settings, is_alone: bool) -> None:
         """Raises ExtractionError if others are at work, or marked a part, with other settings."""
-        self.remove_leftovers()
         path = self.output_dir / "settings.json"
-        marks = sorted(self.output_dir.glob("gemma3_12b_embeddings_part_*.partial"))
+        marks = self.list_marks()
         if is_alone and not (marks and path.exists()):
             return
-        stored = json.loads(path.read_bytes())
+        with explain_read_errors(path):
+            stored = json.loads(path.read_bytes())
         if differences := describe_differences(stored, dataclasses.asdict(settings)):
             advice = "wait, or choose another --output-dir"
             if is_alone:  # as far as locks say
@@ -1637,11 +1670,26 @@ class OutputLock:
                 f"{self.output_dir} is in use with other settings: {differences} | {advice}"
             )
 
+    def list_marks(self) -> list[Path]:
+        """The marks of processes that may be at work."""
+        self.remove_leftovers()
+        return sorted(self.output_dir.glob("gemma3_12b_embeddings_part_*.partial"))
+
     def share(self, settings: Settings) -> None:
         """The directory has been checked: let other processes in."""
         text = json.dumps(dataclasses.asdict(settings), indent=1)
         put_in_place(self.output_dir / "settings.json", text.encode())
         self._lock(self.SHARED, 0)
+
+    def check_directory(self) -> None:
+        """Raises ExtractionError if somebody removed the directory, or our lock file in it."""
+        path = self.output_dir / ".lock"
+        ours = os.fstat(self._descriptor)
+        if not (path.exists() and os.path.samestat(ours, path.stat())):
+            raise ExtractionError(
+                f"{path} was removed during the run, so another run may be at work there "
+                "| nothing more is written; run the same command again"
+            )
 
     def claim(self, part: Part, take_over: bool) -> bool:
         """Try to claim a part; returns whether this process now owns it.
@@ -1678,7 +1726,7 @@ class OutputLock:
         """
         for path in self.output_dir.glob("*.partial"):
             match = OUR_FILES.fullmatch(path.name)
-            is_ours = match and match["host"] == socket.gethostname()
+            is_ours = match and match["host"] == host_name()
             if is_ours and not psutil.pid_exists(int(match["pid"])):
                 path.unlink(missing_ok=True)
 
@@ -1700,26 +1748,24 @@ class OutputLock:
         os.close(self._descriptor)
 
 
-def claim_parts(lock: OutputLock, parts: list[Part]) -> Iterator[Part]:
+def claim_parts(lock: OutputLock, left: list[Part], take_over: bool) -> Iterator[Part]:
     """Parts that nobody else works on, each claimed when it is asked for, with the rows it misses.
 
-    A second round takes parts that others marked but have not finished: they may have died, or run
-    on a host that our locks do not reach.
+    They are taken from `left`. With `take_over`, so are parts that others have marked and not
+    finished: they may have died, or run on a host that our locks do not reach.
     """
-    left = list(parts)
-    for is_last_round in (False, True):
-        for part in list(left):
-            if not lock.claim(part, take_over=is_last_round):
-                continue
-            left.remove(part)
-            missing = part.missing
-            if part.path.exists():  # others may have stored some of them since we looked
-                with explain_read_errors(part.path), h5py.File(part.path, locking=False) as file:
-                    missing = [row for row in missing if group_name(row.question_id) not in file]
-            if missing:
-                yield dataclasses.replace(part, missing=missing)
-            else:
-                lock.release(part)
+    for part in list(left):
+        if not lock.claim(part, take_over):
+            continue
+        left.remove(part)
+        missing = part.missing
+        if part.path.exists():  # others may have stored some of them since we looked
+            with open_part(part.path) as file:
+                missing = [row for row in missing if group_name(row.question_id) not in file]
+        if missing:
+            yield dataclasses.replace(part, missing=missing)
+        else:
+            lock.release(part)
 
 
 # ─────────────────────────────────────────── the run ───────────────────────────────────────────
@@ -1886,6 +1932,7 @@ class Recorder(Outcomes):
         failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
         samples = [outcome for outcome in outcomes if isinstance(outcome, Sample)]
         is_complete = len(outcomes) == len(part.missing)
+        self._lock.check_directory()
         try:
             if samples or (is_complete and not part.path.exists()):
                 self._writer.write(part.path, part.planned, samples)
@@ -1992,12 +2039,13 @@ def open_output(lock: OutputLock, job: Job, overwrite: bool, compression: str) -
     is_alone = lock.enter()
     stored = set()
     if overwrite:
-        num_processes = launcher_number("WORLD_SIZE", 1)
-        if num_processes > 1 or not is_alone:
-            raise ExtractionError(
-                f"--overwrite needs {output_dir} for itself | wait until others have ended, and "
-                f"start one process (WORLD_SIZE={num_processes} in the environment)"
-            )
+        reason = "" if is_alone else "another process is at work there"
+        if marks := lock.list_marks():
+            reason = f"another host may be at work there (or delete {marks[0]})"
+        if launcher_number("WORLD_SIZE", 1) > 1:
+            reason = f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that a launcher starts others"
+        if reason:
+            raise ExtractionError(f"--overwrite needs {output_dir} for itself, and {reason} | wait")
     else:
         lock.check_others(job.settings, is_alone)
         # Texts are compared by the process that checks, once for all.
@@ -2067,11 +2115,16 @@ def warn_of_endless_answers(extractor: Extractor) -> None:
         )
 
 
+def as_utf8(name: str) -> str:
+    """A file's name as HDF5 can store it, if the file system has another encoding."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def describe_run(args: argparse.Namespace, job: Job, model: nn.Module) -> dict:
     """The root attributes of every part, beside the settings."""
     config = job.checkpoint.config
     described = {
-        "model_name": args.model,
+        "model_name": as_utf8(args.model),
         "model_type": f"gemma-3-{model.num_parameters() / 1e9:.0f}b-multimodal",
         "device": args.device_map or str(job.device),
         "num_layers": config.text_config.num_hidden_layers,
@@ -2082,7 +2135,7 @@ def describe_run(args: argparse.Namespace, job: Job, model: nn.Module) -> dict:
         "torch_version": str(torch.__version__),  # a kind of str that h5py refuses
         "transformers_version": transformers.__version__,
         "python_version": platform.python_version(),
-        "dataset": args.vqa_dataset.name,
+        "dataset": as_utf8(args.vqa_dataset.name),
     }
     if job.device.type == "cuda":
         described["device_name"] = torch.cuda.get_device_name(job.device)
@@ -2097,21 +2150,29 @@ def extract(args: argparse.Namespace) -> int:
         to_do = open_output(lock, job, args.overwrite, args.compression)
         log.info("%d rows in the plan, %d to do", len(job.wanted), len(to_do))
         plan = plan_parts(job.rows, args.checkpoint_interval)
-        claims = claim_parts(lock, make_parts(args.output_dir, plan, to_do))
+        left = make_parts(args.output_dir, plan, to_do)
         # Claim a part before loading: a process that gets none need not load the model.
-        first_part = next(claims, None)
+        claims = claim_parts(lock, left, take_over=False)
+        first_part = next(claims, None) or next(claim_parts(lock, left, take_over=True), None)
         if first_part is None and (to_do or not args.test):
             return summarise(Outcomes(), job, len(to_do), seconds=0)
         extractor = load_extractor(args, job)
-        attributes = describe_run(args, job, extractor.model) | dataclasses.asdict(job.settings)
-        writer = PartWriter(attributes, job.prompter, args.compression)
+        described = describe_run(args, job, extractor.model)
+        writer = PartWriter(job.settings, described, job.prompter, args.compression)
         reader = make_reader(args, job)
         start = time.monotonic()
         with catch_signals() as stops, logging_redirect_tqdm([log]), make_bar(len(to_do)) as bar:
             recorder = Recorder(lock, writer, bar)
             parts = itertools.chain([first_part] if first_part else [], claims)
             try:
-                extract_rows(extractor, reader, map(recorder.expect_part, parts), recorder, stops)
+                rows = map(recorder.expect_part, parts)
+                extract_rows(extractor, reader, rows, recorder, stops)
+                # By now, processes that had other parts may have died.
+                for part in claim_parts(lock, left, take_over=True):
+                    if stops:
+                        break
+                    recorder.expect_part(part)
+                    extract_rows(extractor, reader, iter(()), recorder, stops)
             finally:
                 recorder.finish()
         seconds = time.monotonic() - start
@@ -2154,8 +2215,11 @@ def summarise(outcomes: Outcomes, job: Job, num_to_do: int, seconds: float) -> i
     extracted = f"Extracted {num_extracted} of {len(job.wanted)} samples ({counts})"
     rate = num_extracted / max(seconds, 1e-9)
     print(f"{extracted} in {seconds:.1f} s: {rate:.2f} samples/s", file=sys.stderr)
-    # A launcher of several processes ends all of them with the first that ends with an error.
-    return 3 if num_failed and launcher_number("WORLD_SIZE", 1) == 1 else 0
+    if num_failed and launcher_number("WORLD_SIZE", 1) > 1:
+        # It would end all of its processes with the first that ends with an error.
+        log.warning("exit status 0 all the same, for the launcher that set WORLD_SIZE")
+        return 0
+    return 3 if num_failed else 0
 
 
 # ─────────────────────────────────────────── --test ────────────────────────────────────────────
@@ -2206,7 +2270,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def read_vectors(output_dir: Path, row: Row, names: Iterable[str]) -> dict[str, Tensor]:
     """What is stored for a row; nothing if it is not."""
     for path in output_dir.glob(PARTS_GLOB):
-        with explain_read_errors(path), h5py.File(path, "r", locking=False) as part:
+        with open_part(path) as part:
             if group_name(row.question_id) in part:
                 group = part[group_name(row.question_id)]
                 return {name: torch.as_tensor(group[name][()]) for name in names}
@@ -2280,7 +2344,8 @@ def print_forecast(args: argparse.Namespace, job: Job, extractor: Extractor) -> 
     by_image = group_by_image(job.rows)
     step = max(1, num_rows // extractor.scheduler.batch_size)
     outcomes = Outcomes()
-    outcomes.expect([row for about_image in by_image[::step] for row in about_image])
+    rows = [row for about_image in by_image[::step] for row in about_image]
+    outcomes.expect(rows[: 2 * extractor.scheduler.batch_size])
     start = time.monotonic()
     extract_rows(extractor, make_reader(args, job), iter(()), outcomes, stops=[])
     seconds = time.monotonic() - start
@@ -2334,10 +2399,10 @@ class ForgivingStream:
 
 
 def whole_number(text: str, minimum: int = 0) -> int:
-    """A whole number of at least `minimum`."""
+    """A whole number of at least `minimum`, of 31 bits."""
     if not text.isdecimal() or int(text) < minimum:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
-    return int(text)
+    return min(int(text), 2**31 - 1)
 
 
 def positive_number(text: str) -> int:

@@ -226,6 +226,24 @@ def add_adapter(model):
     (model / "adapter_config.json").write_text('{"peft_type": "LORA"}')
 
 
+def add_adapter_weights(model):
+    shutil.copy(model / "model.safetensors", model / "adapter_model.safetensors")
+
+
+def change_template(old, new):
+    def change(model):
+        path = model / "chat_template.jinja"
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+    return change
+
+
+no_generation_prompt = change_template("if add_generation_prompt", "if false")
+capitals = change_template("item['text'] | trim", "item['text'] | trim | upper")
+
+
 def add_index(model):
     """Shards beside the single file, as after another save into the same directory."""
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
@@ -248,6 +266,9 @@ BAD_MODELS = {
     "two bos": (double_bos, "exactly one <bos>", ""),
     "no processor config": (without("processor_config.json"), "preprocessor_config.json", WHOLE),
     "an adapter beside it": (add_adapter, "adapter_config.json", "merge it"),
+    "adapter weights beside it": (add_adapter_weights, "adapter_model.safetensors", "merge it"),
+    "a template without its end": (no_generation_prompt, "no generation prompt", ""),
+    "a template in capitals": (capitals, "changes the question", ""),
     "an adapter in it": (add_tensors("model.language_model.layers.0.mlp.lora_A"), "merge it", ""),
     "a wrapped layer in it": (add_tensors("base_model.model.x.base_layer.weight"), "merge it", ""),
     "two sets of weights": (add_index, "has both model.safetensors and", "out of date"),

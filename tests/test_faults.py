@@ -3,7 +3,6 @@
 import itertools
 import os
 import signal
-import socket
 import subprocess
 import time
 from resource import RLIMIT_FSIZE, getrlimit, setrlimit
@@ -211,7 +210,7 @@ def test_where_there_is_no_room_nothing_is_lost(run_rows, plain, tmp_path, reque
     request.addfinalizer(lambda: subprocess.call(["umount", "-l", tmp_path]))
     out, filler, before = tmp_path / "out", tmp_path / "else", getrlimit(RLIMIT_FSIZE)
     out.mkdir()
-    (out / f"gemma3_12b_embeddings_part_001.{socket.gethostname()}-{DEAD}.partial").write_bytes(
+    (out / f"gemma3_12b_embeddings_part_001.{script.host_name()}-{DEAD}.partial").write_bytes(
         bytes(4_100_000)
     )
 

@@ -1,6 +1,5 @@
 """Part files: names, types, checksums, and what becomes of them."""
 
-import dataclasses
 import os
 import re
 import urllib.parse
@@ -16,7 +15,6 @@ from fault_test import PART_1, SETTINGS
 import run_gemma3_extraction as script
 
 KINDS = (script.VISION_TOKEN, script.QUERY_TOKEN, script.MULTIMODAL)
-ATTRIBUTES = dataclasses.asdict(SETTINGS)
 PROMPTER = Namespace(decode=lambda ids: f"answer {len(ids)}", soft_stop=261)
 
 
@@ -32,7 +30,7 @@ def make_sample(question_id, layers=(0, 2, 12), width=32, vision_width=24, seed=
 
 
 def write_part(path, samples, planned=None, compression="none"):
-    writer = script.PartWriter(ATTRIBUTES, PROMPTER, compression)
+    writer = script.PartWriter(SETTINGS, {}, PROMPTER, compression)
     writer.write(path, planned or [sample.row for sample in samples], samples)
     return path
 

@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import shutil
-import socket
 
 import h5py
 import pytest
@@ -14,7 +13,7 @@ import run_gemma3_extraction as script
 
 PART = script.PART_NAME.format(1)
 SECOND = script.PART_NAME.format(2)
-DEAD = f"{socket.gethostname()}-{2**22 + 1}"  # no process has such a number
+DEAD = f"{script.host_name()}-{2**22 + 1}"  # no process has such a number
 DEAD_PART = f"gemma3_12b_embeddings_part_002.{DEAD}.partial"
 Q = "what is it?"
 GOOD = [  # about images in the order of the plan

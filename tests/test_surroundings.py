@@ -7,9 +7,10 @@ import subprocess
 import sys
 import time
 
+import h5py
 import pytest
 import torch
-from conftest import SCRIPT, assert_same_samples, flags, read_samples
+from conftest import SCRIPT, assert_same_samples, flags, read_samples, write_csv
 from fault_test import Program, make_rows, words_of
 from PIL import Image
 
@@ -115,7 +116,7 @@ def test_a_variable_that_is_no_number_is_named(variable, run_here, monkeypatch, 
 def test_messages_name_what_they_read(run_here, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")  # left over from yesterday
     status, stderr = run_here("--overwrite", rows=ROWS)
-    assert (status, "WORLD_SIZE=8" in stderr) == (1, True)
+    assert (status, "WORLD_SIZE=8 says that a launcher" in stderr) == (1, True)
     monkeypatch.setenv("SLURM_LOCALID", "3")
     monkeypatch.setenv("RANK", "2")
     _, stderr = run_here("--device", "cuda", rows=ROWS)
@@ -224,7 +225,78 @@ def test_nobody_puts_a_file_of_another_process_in_place(tmp_path, monkeypatch):
         names.append(script.partial_path(path).name)
     assert len(set(names)) == 2
     assert all(script.OUR_FILES.fullmatch(name) for name in names)
-    assert names[0].startswith("gemma3_12b_embeddings_part_001.one-")
+    assert names[0].startswith("gemma3_12b_embeddings_part_001.one_")
+
+
+def test_overwrite_does_not_delete_what_another_host_works_on(run_here, tmp_path):
+    out = tmp_path / "out"
+    assert run_here(*QUICK, rows=ROWS)[0] == 0
+    mark = out / "gemma3_12b_embeddings_part_007.elsewhere-7.partial"
+    mark.touch()
+    status, stderr = run_here(*QUICK, "--overwrite", rows=ROWS)
+    assert (status, f"delete {mark}" in stderr.splitlines()[-1]) == (1, True)
+    assert len(read_samples(out)) == 2
+
+
+def test_a_directory_that_was_removed_is_not_written_to(run_here, tmp_path, monkeypatch):
+    """Another run may be in its place, whose parts would be mixed with ours."""
+    out = tmp_path / "out"
+    prefill = script.Extractor.prefill
+
+    def remove(self, sequences):
+        for path in out.iterdir():
+            path.unlink()
+        (out / ".lock").touch()
+        return prefill(self, sequences)
+
+    monkeypatch.setattr(script.Extractor, "prefill", remove)
+    status, stderr = run_here(*QUICK, rows=ROWS)
+    assert (status, "was removed during the run" in stderr.splitlines()[-1]) == (1, True)
+    assert [path.name for path in out.iterdir()] == [".lock"]
+
+
+def test_a_part_of_other_settings_is_never_added_to(run_here, tmp_path, monkeypatch):
+    """However it came there since we looked."""
+    out = tmp_path / "out"
+    other = tmp_path / "other"
+    assert run_here(*QUICK, "--layers", 1, rows=ROWS[:1], output_dir=other)[0] == 0
+    prefill = script.Extractor.prefill
+
+    def put_other(self, sequences):
+        for path in other.glob("*.h5"):
+            (out / path.name).write_bytes(path.read_bytes())
+        return prefill(self, sequences)
+
+    monkeypatch.setattr(script.Extractor, "prefill", put_other)
+    status, stderr = run_here(*QUICK, rows=ROWS)
+    assert (status, "layers was [1]" in stderr.splitlines()[-1]) == (1, True)
+
+
+def die_after_claiming(script):
+    """A process that takes a part and dies before it has written it."""
+    script.Extractor.encode = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_process_had_that_dies_meanwhile_is_done_too(tmp_path):
+    """Parts of one picture: they are read, and so claimed, long before the others are done."""
+    csv_path = make_rows(tmp_path, 12, per_image=12, missing_every=0)
+    out = tmp_path / "out"
+    first = Program(words_of(csv_path, out), tmp_path / "first", patch=die_after_claiming)
+    second = Program(words_of(csv_path, out), tmp_path / "second", patch=reach_all)
+    ends = [first.end(), second.end()]
+    assert ends[1][0] == 0, ends
+    assert len(read_samples(out)) == 12
+
+
+def reach_all(script):
+    """Begins while the other is at work, and is slow."""
+    encode = script.Extractor.encode
+
+    def encode_slowly(self, images):
+        time.sleep(3)
+        return encode(self, images)
+
+    script.Extractor.encode = encode_slowly
 
 
 # ─────────────────────────────────── colleagues, disks, diagrams ──────────────────────────────────
@@ -287,3 +359,21 @@ def test_the_allocator_of_cuda_keeps_its_memory_in_one_piece():
             check=True,
         )
         assert found.stdout.strip() == str(expected)
+
+
+def test_names_that_are_not_utf8_and_numbers_that_are_too_large(tmp_path, run_here):
+    """Told or stored, but not found out when hours are to be written."""
+    csv_path = os.fsdecode(bytes(write_csv(tmp_path / "rows.csv", ROWS)).replace(b"rows", b"r\xe9"))
+    os.rename(tmp_path / "rows.csv", csv_path)
+    words = ("--checkpoint-interval", 10**20)
+    status, stderr = run_here(*QUICK, *words, csv_path=csv_path)
+    assert status == 0, stderr
+    with h5py.File(tmp_path / "out" / script.PART_NAME.format(1)) as part:
+        assert part.attrs["dataset"] == "r\\xe9.csv"
+
+
+def test_a_pipe_named_like_a_part_is_no_part(tmp_path, run_here):
+    assert run_here(*QUICK, rows=ROWS)[0] == 0
+    os.mkfifo(tmp_path / "out" / script.PART_NAME.format(2))
+    status, stderr = run_here(*QUICK, rows=ROWS)
+    assert (status, "it is no file" in stderr.splitlines()[-1]) == (1, True)
