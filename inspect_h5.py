@@ -17,6 +17,7 @@ says what (--verify: one line a finding), 2 wrong usage, 130 stopped by Ctrl-C.
 import argparse
 import ast
 import base64
+import contextlib
 import csv
 import dataclasses
 import difflib
@@ -94,6 +95,8 @@ def scan_parts(paths: Paths) -> tuple[dict[Path, dict], Samples, list[Finding]]:
     findings = []
     for path in find_parts(paths):
         try:
+            if not path.is_file():  # h5py would wait for ever for somebody to write to a FIFO
+                raise OSError("it is not a regular file")
             with h5py.File(path) as file:
                 part = {name: np.asarray(value).tolist() for name, value in file.attrs.items()}
                 names = list(file)
@@ -157,9 +160,7 @@ def list_vectors(part: dict, kind: str | None = None, layer: int | None = None) 
 def layer_of(name: str) -> int | None:
     """The layer that a data set's name ends in."""
     layer = name.partition("/layer_")[2]
-    if not layer:
-        return None
-    return int(layer)
+    return int(layer) if layer else None
 
 
 def read(group: h5py.Group, name: str, width: int | None = None) -> np.ndarray | str:
@@ -249,7 +250,8 @@ def read_table(path: Path, *columns: tuple[str, ...]) -> pd.DataFrame:
     if uneven:
         what = f"{len(uneven):,} rows have more or fewer fields than the header"
         raise ValueError(f"{path}: {what}; check their commas, also at the end")
-    table = pd.DataFrame(lines, columns=chosen, dtype=str).set_index("question_id")
+    question_ids = [line["question_id"] for line in lines]
+    table = pd.DataFrame(lines, index=question_ids, columns=chosen[1:], dtype=str)
     twice = table.index[table.index.duplicated()]
     if len(twice):
         raise ValueError(f"{path}: question_id {twice[0]!r} is there twice")
@@ -259,6 +261,8 @@ def read_table(path: Path, *columns: tuple[str, ...]) -> pd.DataFrame:
 def read_column(spec: str, question_ids: pd.Series) -> tuple[pd.Series, list[str]]:
     """CSV:COLUMN of these samples, NaN for none; a note if some are not there. Or ValueError."""
     csv_path, _, column = spec.rpartition(":")
+    if not csv_path:
+        raise ValueError(f"{spec!r}: CSV:COLUMN names no file")
     values = read_table(Path(csv_path), (column,))[column]
     absent = question_ids[~question_ids.isin(values.index)].tolist()
     note = f"{len(absent):,} of {len(question_ids):,} samples are not in {csv_path}"
@@ -310,10 +314,13 @@ def describe(parts: dict, samples: Samples, drawn: Samples, vectors: Vectors) ->
         if drawn:
             figures[name] = summarise(read_matrix(drawn, name, width))
     failed = {path.with_name("failed_samples.csv") for path in parts}
+    num_failed = None
+    with contextlib.suppress(ValueError):  # a list that somebody edited may not be readable
+        num_failed = sum(len(read_table(path)) for path in failed if path.exists())
     return {
         "files": list(map(str, parts)),
         "num_samples": len(samples),
-        "num_failed": sum(len(read_table(path)) for path in failed if path.exists()),
+        "num_failed": num_failed,
         "settings": settings,
         "sample": next(each(drawn[:1], describe_sample, vectors), {}),
         "num_samples_read": len(drawn),
@@ -336,7 +343,10 @@ def show(facts: dict, width: int) -> Iterator[str]:
     files = facts["files"]
     yield files[0] if len(files) == 1 else f"{files[0]} ...\n{files[-1]}"
     num_samples = facts["num_samples"]
-    yield f"parts: {len(files)}, samples: {num_samples:,}, failed: {facts['num_failed']:,}"
+    failed = "failed_samples.csv cannot be read"
+    if facts["num_failed"] is not None:
+        failed = f"failed: {facts['num_failed']:,}"
+    yield f"parts: {len(files)}, samples: {num_samples:,}, {failed}"
     yield ""
     for name, value in facts["settings"].items():
         yield f"{name:<22}{one_line(str(value).strip('[]'), width)}"
@@ -398,6 +408,10 @@ def check_sample(group: h5py.Group, parts: dict[Path, dict]) -> dict:
     attributes = dict(group.attrs)
     expected, widths = list_expected(group, parts[path])
     problems = [f"{name} is missing" for name in sorted(expected - attributes.keys())]
+    members = set()
+    group.visit(members.add)
+    if unknown := members.difference(widths, KINDS):
+        problems.append(f"does not belong there: {', '.join(sorted(unknown))}")
     checked = {"path": path, "question_id": question_id, "problems": problems}
     checked["image_sha256"] = attributes.get("image_sha256")
     vectors = {}
@@ -425,6 +439,14 @@ def find_problems(name: str, attributes: dict, vectors: dict[str, np.ndarray]) -
         yield "crc32 is not that of the vectors"
     if str(attributes["question_id"]) != name:
         yield "question_id differs"
+    num_tokens = attributes["num_prompt_tokens"]
+    query_pos = attributes["query_token_pos"]
+    if not isinstance(num_tokens, np.integer) or num_tokens < 1:
+        yield "num_prompt_tokens is not a positive whole number"
+    elif query_pos != num_tokens - 1:
+        yield "query_token_pos is not num_prompt_tokens - 1"
+    if not 0 <= attributes["vision_token_pos"] < query_pos:
+        yield "vision_token_pos is not between 0 and query_token_pos"
     entropy = attributes.get(ENTROPY, 0)
     if not 0 <= entropy < np.inf:
         yield f"{ENTROPY} is {entropy}"
@@ -491,6 +513,17 @@ def find_unlike_csv(checked: pd.DataFrame, csv_path: Path) -> Iterator[Finding]:
 
 
 # ─────────────────────────────────────── export and plot ───────────────────────────────────────
+@contextlib.contextmanager
+def put_in_place(path: Path) -> Iterator[Path]:
+    """A name to write to: it becomes `path` at the end, and nothing is left of it if that fails."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def export(path: Path, samples: Samples, vectors: Vectors) -> list[str]:
     """Write texts and matrices, all in one order; what is in the file."""
     texts = read_texts(samples)[["question_id", *TEXTS]]
@@ -500,20 +533,15 @@ def export(path: Path, samples: Samples, vectors: Vectors) -> list[str]:
     for name in ("question_id", "image_id"):
         arrays[name] = texts[name].to_numpy(str)
     lines = [f"{path}: {len(samples):,} samples"]
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with zipfile.ZipFile(partial, "w") as archive:
-            for name in (*arrays, *vectors):
-                array = arrays.get(name)
-                if array is None:
-                    array = read_matrix(samples, name, vectors[name])
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array(file, array, allow_pickle=False)
-                kind = "text" if array.dtype.kind == "U" else array.dtype
-                lines.append(f"{name:<38}{kind} {list(array.shape)}")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with put_in_place(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+        for name in (*arrays, *vectors):
+            array = arrays.get(name)
+            if array is None:
+                array = read_matrix(samples, name, vectors[name])
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+            kind = "text" if array.dtype.kind == "U" else array.dtype
+            lines.append(f"{name:<38}{kind} {list(array.shape)}")
     return lines
 
 
@@ -1716,9 +1744,8 @@ def write_page(path: Path, part: dict, samples: Samples, images_dir: Path, label
     packed = re.sub("[<>&]", lambda sign: f"\\u{ord(sign[0]):04x}", json.dumps(run))  # no markup
     digest = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
     page = PAGE.format(hash=digest, style=PAGE_STYLE, run=packed, script=PAGE_SCRIPT)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(page, encoding="utf-8", newline="")
-    os.replace(partial, path)
+    with put_in_place(path) as partial:
+        partial.write_text(page, encoding="utf-8", newline="")
     return f"{path}: {about[-1]}"
 
 
@@ -1777,8 +1804,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[str, argparse.Namespace]:
         parser.error(f"--{name.replace('_', '-')} does not go with {mode}")
     if mode == "page" and not args.images_dir:
         parser.error("--page: it needs --images-dir")
-    if args.label and args.label != ANSWER_IS_WRONG and ":" not in args.label:
-        parser.error(f"--label: LABEL is CSV:COLUMN or {ANSWER_IS_WRONG}, not {args.label}")
     if args.max_samples is None:
         args.max_samples = 1000 if mode == "page" else 3
     outputs = [(args.export, ".npz"), (args.plot, ".png .pdf .svg"), (args.save, ".csv")]
@@ -1786,13 +1811,16 @@ def parse_arguments(argv: list[str] | None) -> tuple[str, argparse.Namespace]:
     for path, suffixes in outputs:
         if path and path.suffix not in suffixes.split():
             parser.error(f"{path}: the name must end in one of {suffixes}")
-    if args.probe and args.probe != ANSWER_IS_WRONG and ":" not in args.probe:
-        parser.error(f"--probe: LABEL is CSV:COLUMN or {ANSWER_IS_WRONG}, not {args.probe}")
+    for name, label in (("--probe", args.probe), ("--label", args.label)):
+        if label and label != ANSWER_IS_WRONG and ":" not in label:
+            parser.error(f"{name}: LABEL is CSV:COLUMN or {ANSWER_IS_WRONG}, not {label}")
     for name, value in (("--by", args.by), ("--group", args.group)):
         if value is not None and ":" not in value:
             parser.error(f"{name}: it needs CSV:COLUMN, not {value}")
     if args.above is not None and args.probe == ANSWER_IS_WRONG:
         parser.error("--above is for the numbers of a CSV")
+    if args.above is not None and not np.isfinite(args.above):
+        parser.error(f"--above: a finite number, not {args.above}")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed: a number from 0 to {2**32 - 1}, not {args.seed}")
     names = [re.match("(?:([^=:]+)=.)?", spec)[1] for spec in args.beside]
@@ -1821,6 +1849,10 @@ def check_can_write(path: Path) -> None:
 
 def run_probe(samples: Samples, vectors: Vectors, args: argparse.Namespace) -> Iterator[str]:
     """The lines of --probe; the picture and the table of --save are written after them."""
+    for spec in filter(None, (args.probe, args.group, args.by)):
+        source = Path(spec.rpartition(":")[0])
+        if args.save and args.save.exists() and source.exists() and source.samefile(args.save):
+            raise ValueError(f"--save would overwrite the file of {spec}; choose another name")
     if args.plot:
         new_figure(1, 1)  # which needs matplotlib
     facts, saved = probe(samples, vectors, args)
@@ -1829,14 +1861,14 @@ def run_probe(samples: Samples, vectors: Vectors, args: argparse.Namespace) -> I
     else:
         yield from show_probe(facts)
     if args.save:
-        saved.to_csv(args.save, index=False, encoding="utf-8-sig")
+        with put_in_place(args.save) as partial:
+            saved.to_csv(partial, index=False, encoding="utf-8-sig")
     if args.plot:
         plot_probe(args.plot, facts)
 
 
 def run_page(args: argparse.Namespace, parts: dict[Path, dict], samples: Samples) -> str:
     """Write the page of --page, about the samples that are asked for; what it shows."""
-    check_can_write(args.page)
     max_samples = args.max_samples
     if args.question_id:
         samples = find_samples(samples, args.question_id)
@@ -1850,7 +1882,7 @@ def run(mode: str, args: argparse.Namespace) -> tuple[int, Iterable[str]]:
     """The exit status, and the lines to print. Raises ImportError, OSError or ValueError."""
     if mode == "verify":
         return verify(args.paths, args.vqa_dataset)
-    for path in filter(None, (args.export, args.plot, args.save)):
+    for path in filter(None, (args.export, args.plot, args.save, args.page)):
         check_can_write(path)
     parts, samples = open_run(args.paths)
     vectors = list_vectors(next(iter(parts.values())), args.representation, args.layer)
@@ -1879,7 +1911,6 @@ def run(mode: str, args: argparse.Namespace) -> tuple[int, Iterable[str]]:
 def main(argv: list[str] | None = None) -> int:
     """Read the command line, do it, print what there is to say; the exit status."""
     mode, args = parse_arguments(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has not every script
     try:
         status, lines = run(mode, args)
         for line in lines:
@@ -1897,6 +1928,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if sys.stderr is None:  # 2>&-
+        sys.stderr = open(os.devnull, "w")
+    if sys.stdout is None:
+        raise SystemExit("stdout is closed: results could not be printed")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has not every script
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it as it ends any other tool
     status = main()
     sys.stderr.flush()

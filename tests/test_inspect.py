@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import CSV, IMAGES, MODEL, ROOT, inspect
+from conftest import CSV, IMAGES, MODEL, ROOT, inspect, no_hang
 from make_large_parts import checksum, write_parts
 
 import inspect_h5
@@ -132,6 +132,19 @@ def test_json_says_the_same(run_dir, capsys):
     assert facts["sample"][QUERY] == "float32 [32]"
 
 
+def test_a_list_of_failures_that_was_edited_does_not_hide_the_rest(output, capsys):
+    path = output / "failed_samples.csv"
+    header, line = path.read_text().splitlines()
+    path.write_text(f"\ufeff{header}\n{line}\n", encoding="utf-8")
+    assert "failed: 1" in inspect(capsys, output)[1]
+    for text in (f"{header}\n{line}\n{line}\n", header.replace(",", ";")):
+        path.write_text(text)
+        status, out, err = inspect(capsys, output)
+        assert (status, err) == (0, "")
+        assert "parts: 3, samples: 12, failed_samples.csv cannot be read" in out
+        assert json.loads(inspect(capsys, output, "--json")[1])["num_failed"] is None
+
+
 def test_a_layer_alone(run_dir, capsys):
     facts = json.loads(inspect(capsys, run_dir / "output", "--json", "--layer", "4")[1])
     assert list(facts["figures"]) == [f"{kind}/layer_4" for kind in KINDS]
@@ -238,6 +251,10 @@ DEFECTS = {
     "another id": (
         edit(lambda f: f["000"].attrs.__setitem__("question_id", "x")),
         "question_id differs .1: '000'",
+    ),
+    "two data sets more": (
+        edit(lambda f: f["000"].update({"notes": "x", f"{QUERY}9": [1.0]})),
+        f"does not belong there: notes, {QUERY}9 .1: '000'",
     ),
     "no group": (edit(lambda f: f.__setitem__("zz", 1)), "cannot be opened: .*'zz'"),
     "no sample": (edit(spoil), "part_001.h5: cannot be opened: .*'000'"),
@@ -490,6 +507,19 @@ def test_colours_that_are_not_there(run_dir, tmp_path, capsys, field):
     assert (status, len(err.splitlines())) == (1, 1)
 
 
+def test_a_fifo_among_the_parts_is_one_line(output, capsys):
+    message = f"{output / PART.format(4)}: cannot be read as a part: it is not a regular file\n"
+    os.mkfifo(output / PART.format(4))
+    with no_hang():
+        assert inspect(capsys, output) == (1, "", message)
+        assert inspect(capsys, output, "--verify") == (1, message, "")
+
+
+def test_colours_by_the_id_itself(run_dir, tmp_path, capsys):
+    flags = ["--layer", "4", "--color-by", f"{run_dir}/vqa.csv:question_id"]
+    assert inspect(capsys, run_dir / "output", "--plot", tmp_path / "x.png", *flags)[0] == 0
+
+
 def test_without_matplotlib_it_says_what_to_install(run_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -564,14 +594,14 @@ def test_a_bit_that_turned_is_found(made_output, capsys):
     assert "crc32 is not that of the vectors (1: '000003')" in out
 
 
-def attribute(name, value):
-    """Another value in the first sample; None takes it away."""
+def attribute(name, value, **more):
+    """Other values in the first sample; None takes one away."""
 
     def change(file):
-        if value is None:
-            del file["000000"].attrs[name]
-        else:
-            file["000000"].attrs[name] = value
+        for key, other in {name: value, **more}.items():
+            del file["000000"].attrs[key]
+            if other is not None:
+                file["000000"].attrs[key] = other
 
     return change
 
@@ -595,6 +625,17 @@ MADE_DEFECTS = {
     "no hash": (attribute("image_sha256", None), "image_sha256 is missing .1: '000000'"),
     "no entropy": (attribute("first_token_entropy", None), "entropy is missing .1: '000000'"),
     "entropy": (attribute("first_token_entropy", np.nan), "entropy is nan .1: '000000'"),
+    "a negative entropy": (attribute("first_token_entropy", -0.1), "entropy is -0.1 .1: '0000"),
+    "half a token": (
+        attribute("num_prompt_tokens", 275.5, query_token_pos=274.5),
+        "num_prompt_tokens is not a positive whole number .1: '000000'",
+    ),
+    "the query": (
+        attribute("query_token_pos", 273),
+        "query_token_pos is not num_prompt_tokens - 1",
+    ),
+    "the picture's end": (attribute("vision_token_pos", 274), "vision_token_pos is not between 0"),
+    "a picture before all": (attribute("vision_token_pos", -1), "vision_token_pos is not between"),
     "another picture": (
         attribute("image_sha256", "0" * 64),
         r"image_id '0.jpg': its file changed between samples \(10: '000000'",
@@ -703,6 +744,21 @@ def test_a_full_disk_is_one_line(made):
     done = subprocess.run(command, shell=True, capture_output=True, text=True, env=env)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert "No space left" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "out", "err"),
+    [
+        ("--verify 2>&-", 0, "nothing wrong with 12 samples\n", ""),
+        ("--layer 9 2>&-", 1, "", ""),
+        ("--layer none 2>&-", 2, "", ""),
+        ("--verify >&-", 1, "", "stdout is closed: results could not be printed\n"),
+    ],
+)
+def test_a_stream_that_is_closed(made, arguments, status, out, err):
+    command = f"{sys.executable} {ROOT}/inspect_h5.py {made}/output {arguments}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, out, err)
 
 
 # Readers of others, and sizes

@@ -138,7 +138,6 @@ def tiny(tmp_path, monkeypatch):
 def run_json(*args):
     """What a program reads, whatever pytest does with stdout meanwhile."""
     out, err = io.StringIO(), io.StringIO()
-    out.reconfigure = lambda **_: None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         assert inspect_h5.main([*map(str, args), "--json"]) == 0
     assert err.getvalue() == ""
@@ -190,8 +189,7 @@ def test_the_table_finds_the_layer_and_is_not_fooled_by_the_image(known, facts):
 def exported(known, tmp_path_factory):
     """Every matrix in float64 from the .npz, and the fold of each sample made anew."""
     path = tmp_path_factory.mktemp("exported") / "all.npz"
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        out.reconfigure = lambda **_: None
+    with contextlib.redirect_stdout(io.StringIO()):
         assert inspect_h5.main([str(known[0]), "--export", str(path)]) == 0
     with np.load(path) as file:
         arrays = dict(file)
@@ -941,6 +939,39 @@ def test_what_cannot_be_written_is_said_before_the_probe_starts(
     assert "pip install matplotlib" in one_line(capsys, *flags, "--plot", tmp_path / "x.png")
 
 
+def test_save_does_not_overwrite_what_was_given(tiny, tmp_path, capsys, monkeypatch):
+    """Neither the file of labels or groups, also by another name, nor the last one if it fails."""
+    label = write_labels(tmp_path / "my.csv", tiny[1], ["0", "1"] * 30)
+    path = tmp_path / "my.csv"
+    before = path.read_bytes()
+    (tmp_path / "link.csv").symlink_to(path)
+    flags = [tiny[0], "--representation", VISION, "--probe"]
+    for more in (
+        [label],
+        ["answer_is_wrong", "--by", label],
+        ["answer_is_wrong", "--group", label],
+    ):
+        for name in ("my.csv", "link.csv"):
+            err = one_line(capsys, *flags, *more, "--save", tmp_path / name)
+            assert f"--save would overwrite the file of {label}" in err
+
+    def fill_the_disk(_, path, **kwargs):
+        Path(path).write_text("half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", fill_the_disk)
+    assert inspect(capsys, *flags, "answer_is_wrong", "--save", path)[0] == 1
+    assert path.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.glob("*.csv*")) == ["link.csv", "my.csv"]
+
+
+def test_a_group_for_each_row(tiny, tmp_path):
+    label = write_labels(tmp_path / "labels.csv", tiny[1], ["0", "1"] * 30)
+    group = f"{tmp_path}/labels.csv:question_id"
+    facts = run_json(tiny[0], "--probe", label, "--group", group, "--representation", VISION)
+    assert facts["num_groups"] == 60
+
+
 def test_a_table_that_is_finished_is_printed(tiny, tmp_path, capsys, monkeypatch):
     def fail(*_):
         raise OSError("No space left on device")
@@ -974,6 +1005,8 @@ def alter(tiny, **columns):
 
 REFUSED = {
     "a column": ("labels.csv:other", {}, "no column other; it has ['question_id', 'label']"),
+    "no file": (":label", {}, "':label': CSV:COLUMN names no file"),
+    "the ids": ("labels.csv:question_id", {}, "60 values instead of two"),
     "a file": ("none.csv:label", {}, "none.csv cannot be read"),
     "no id matches": ("others.csv:label", {}, "60 of 60 samples are not in others.csv, first ["),
     "leading zeros": ("others.csv:label", {}, "['q0000'] (it has ['0']); did leading zeros"),
@@ -1085,6 +1118,7 @@ def test_without_scikit_learn_it_says_what_to_install(tiny, capsys, monkeypatch)
     [
         (["--probe", "label"], "CSV:COLUMN"),
         (["--probe", "answer_is_wrong", "--above", "1"], "--above"),
+        (["--probe", "x.csv:y", "--above", "nan"], "--above: a finite number, not nan"),
         (["--probe", "answer_is_wrong", "--verify"], "does not go with"),
         (["--probe", "answer_is_wrong", "--export", "x.npz"], "does not go with"),
         (["--probe", "answer_is_wrong", "--plot", "x.gif"], ".png"),
