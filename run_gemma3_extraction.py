@@ -694,6 +694,7 @@ class Prompter:
         self.soft_stop = soft[-1] + 1
         self.prefix = plain[: self.soft_stop + 1]
         self._plain_specials = [token_id for token_id in plain if token_id in self._special_ids]
+        self.end_of_turn = self._find_end_of_turn()
 
     def render(self, question: str, add_generation_prompt: bool = True) -> str:
         """The chat template with one user turn, image then question, and the generation prompt."""
@@ -723,7 +724,7 @@ class Prompter:
             raise RowError("its prompt does not begin like those of other questions")
         return input_ids
 
-    def end_of_turn(self) -> int | None:
+    def _find_end_of_turn(self) -> int | None:
         """The special token that the chat template puts after a model's turn."""
         answer = {"role": "assistant", "content": [{"type": "text", "text": "?"}]}
         turns = [make_user_turn({"type": "image"}, "?"), answer]
@@ -1472,14 +1473,14 @@ class PartWriter:
         Raises OSError, or ExtractionError where the old file cannot be read; it stays as it is.
         """
         new = {group_name(sample.row.question_id): sample for sample in samples}
-        order = [group_name(row.question_id) for row in planned]
+        order = dict.fromkeys(group_name(row.question_id) for row in planned)
         content = io.BytesIO()
         with contextlib.ExitStack() as stack:
             old = {}
             if path.exists():
                 with explain_read_errors(path):
                     old = stack.enter_context(h5py.File(path, "r", locking=False))
-                    order += [name for name in old if name not in order]
+                    order |= dict.fromkeys(old)  # rows that left the CSV stay, at the end
                     check_settings(path, read_attributes(old), self._settings)
             # HDF5 1.10's format: smaller, with checksums over all but the vectors themselves.
             part = stack.enter_context(
@@ -2106,7 +2107,7 @@ def load_extractor(args: argparse.Namespace, job: Job) -> Extractor:
 
 def warn_of_endless_answers(extractor: Extractor) -> None:
     """Warn where the token that the chat template puts after an answer does not end one."""
-    token_id = extractor.prompter.end_of_turn()
+    token_id = extractor.prompter.end_of_turn
     if extractor.max_new_tokens and token_id not in extractor.end_ids:
         log.warning(
             "token %s, with which the chat template ends a turn, does not end an answer: all may "
