@@ -31,7 +31,8 @@ VARYING = (  # what depends on the machine and its load
     r"have \d+ tokens as here",
 )
 DECIMAL = re.compile(r"\d+\.\d+(?:e[-+]\d+)?")
-ELSEWHERE = {  # options of other programs
+ELSEWHERE = {
+    "--size",  # options of other programs
     *("--num_processes", "--nproc-per-node", "--array", "--gres", "--signal", "--requeue"),
     *("--dist", "--paper", "--kills", "--signals"),
 }
