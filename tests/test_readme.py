@@ -31,10 +31,9 @@ VARYING = (  # what depends on the machine and its load
     r"have \d+ tokens as here",
 )
 DECIMAL = re.compile(r"\d+\.\d+(?:e[-+]\d+)?")
-ELSEWHERE = {
-    "--size",  # options of other programs
+ELSEWHERE = {  # options of other programs
     *("--num_processes", "--nproc-per-node", "--array", "--gres", "--signal", "--requeue"),
-    *("--dist", "--paper", "--kills", "--signals"),
+    *("--dist", "--paper", "--kills", "--signals", "--size"),
 }
 SENTENCES = (  # which issue 27 took as examples of how not to write
     "Read it from the control",
