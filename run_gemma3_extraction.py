@@ -219,6 +219,7 @@ class Sample:
 
     @property
     def row(self) -> Row:
+        """The row that was asked, as `Failure` has it."""
         return self.prompt.row
 
 
@@ -1002,6 +1003,7 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
+        """How many sequences are being answered; gaps do not count."""
         return sum(sequence is not None for sequence in self.running)
 
     @property
@@ -2481,7 +2483,7 @@ def read_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def set_up_log() -> None:
-    """Messages go to stderr. Of several processes only rank 0 tells of milestones."""
+    """Messages go to stderr. Of several processes only rank 0 logs milestones."""
     rank = launcher_number("RANK", 0)
     handler = logging.StreamHandler()
     if rank:
@@ -2493,7 +2495,7 @@ def set_up_log() -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line's entry; returns the exit status."""
     args = read_args(argv)
-    log.handlers = [logging.StreamHandler()]
+    log.handlers = [logging.StreamHandler()]  # for what `set_up_log` itself may raise
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we refuse such images
     try:
         set_up_log()
